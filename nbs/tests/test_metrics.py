@@ -1,0 +1,198 @@
+"""Metrics: fidelity to ADM's evaluator (golden data) and to formulas written out here, determinism, batch-size independence, conventions.
+
+data/golden/metrics_golden.*: outputs of openai/guided-diffusion evaluations/evaluator.py; tolerances are the ones stated with the data."""
+import json, os, subprocess, sys
+import numpy as np, pytest, torch
+from safetensors.torch import load_file, save_file
+from neuralsolver.data import fashion_mnist, to_float
+from neuralsolver.metrics import (Features, Reference, compute_metrics, extract, extractor_name, frechet_distance, import_torch_fidelity,
+                                  inception_score, kernel_distance, load_classifier, load_reference, precision_recall, read_card,
+                                  real_test, register_extractor, statistics)
+from neuralsolver.utils import data_file, data_root
+
+@pytest.fixture(scope='module')
+def golden():
+    folder = data_root() / 'golden'
+    if not folder.is_dir(): pytest.skip('golden data are in the repository, not in the wheel')
+    return json.loads((folder / 'metrics_golden.json').read_text()), load_file(folder / 'metrics_golden.safetensors')
+
+@pytest.fixture(scope='module')
+def images():
+    with np.load(data_file('fashion_mixture.npz')) as f: return torch.from_numpy(f['images'])
+
+def symmetric_frechet(one, two):
+    "The same distance through a symmetric eigenproblem, where no eigenvalue can be complex."
+    (m1, s1), (m2, s2) = one, two
+    values, vectors = torch.linalg.eigh(s1)
+    root = vectors * values.clip(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ s2 @ root).clip(0).sqrt().sum()
+    return ((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
+
+# fidelity
+
+@pytest.mark.parametrize('case, key, rel', [('fid16', 'dim16', 1e-6), ('fid64', 'dim64', 1e-6), ('fid64_singular', 'dim64_singular', 1e-5)])
+def test_frechet_distance_is_adms(golden, case, key, rel):
+    expected, tensors = golden
+    one, two = (statistics(tensors[f'{case}/x{i}']) for i in (1, 2))
+    for i, (mu, sigma) in enumerate((one, two), 1):
+        assert torch.allclose(mu, tensors[f'{case}/mu{i}'].double(), rtol=1e-6, atol=1e-6)
+        assert torch.allclose(sigma, tensors[f'{case}/sigma{i}'], rtol=1e-10, atol=1e-12)
+    assert frechet_distance(one, two) == pytest.approx(expected['fid'][key]['frechet_distance_1_2'], rel=rel)
+    assert frechet_distance(two, one) == pytest.approx(expected['fid'][key]['frechet_distance_1_2'], rel=rel)
+    assert symmetric_frechet(one, two) == pytest.approx(expected['fid'][key]['frechet_distance_1_2'], rel=rel)
+    assert abs(frechet_distance(one, one)) < 1e-4
+
+@pytest.mark.parametrize('n', [8, 30, 64, 65, 300])
+def test_frechet_distance_on_our_features_below_and_above_their_dimension(n):
+    features = statistics(real_test(n)[0].features)
+    assert frechet_distance(features, load_reference()[:2]) == pytest.approx(symmetric_frechet(features, load_reference()[:2]), rel=1e-6)
+
+def test_inception_score_is_adms(golden):
+    expected, tensors = golden
+    logits = tensors['is/preds'].double().log() # softmax gives the rows back
+    assert inception_score(logits) == pytest.approx(expected['inception_score']['split_size_5000'], rel=1e-6)
+    # ADM's consecutive splits, the shorter last one with full weight
+    by_split = [inception_score(part) for part in logits.split(500)]
+    assert np.mean(by_split) == pytest.approx(expected['inception_score']['split_size_500'], rel=1e-6)
+
+def test_inception_score_splits_at_5000_as_adm():
+    logits = 3 * torch.randn(10_000, 10, generator=torch.Generator().manual_seed(0))
+    p = logits.double().softmax(1)
+    score = lambda p: ((p * (p / p.mean(0)).log()).sum(1).mean().exp()).item()
+    assert inception_score(logits[:5000]) == pytest.approx(score(p[:5000]), rel=1e-12)
+    assert inception_score(logits) == pytest.approx((score(p[:5000]) + score(p[5000:])) / 2, rel=2e-3) # torch-fidelity shuffles first
+    assert inception_score(logits) != pytest.approx(score(p), rel=1e-9) # and it is not one split
+
+def test_precision_and_recall_are_adms(golden):
+    expected, tensors = golden
+    sample, real = tensors['pr/features_sample'], tensors['pr/features_ref']
+    precision, recall = precision_recall(sample, real)
+    assert precision == pytest.approx(expected['precision_recall']['precision'], abs=1e-6)
+    assert recall == pytest.approx(expected['precision_recall']['recall'], abs=1e-6)
+    assert expected['precision_recall']['precision'] != expected['precision_recall']['recall'] # so the order matters
+
+def test_kernel_distance_is_the_unbiased_estimator():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 5, generator=g, dtype=torch.float64), torch.randn(60, 5, generator=g, dtype=torch.float64) + .5
+    k = lambda a, b: (a @ b / 5 + 1) ** 3
+    n, off = 60, [(i, j) for i in range(60) for j in range(60) if i != j]
+    expected = (sum(k(x[i], x[j]) + k(y[i], y[j]) for i, j in off) / (n * (n - 1)) - 2 * sum(k(a, b) for a in x for b in y) / n**2).item()
+    assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-9) # equal sizes <= 500: every subset is the whole set
+
+def test_kernel_distance_has_no_bias_where_frechet_distance_has_much():
+    g = torch.Generator().manual_seed(1)
+    draw = lambda: torch.randn(40, 8, generator=g)
+    kid = np.array([kernel_distance(draw(), draw()) for _ in range(60)])
+    assert (kid < 0).sum() > 10 and (kid > 0).sum() > 10
+    assert abs(kid.mean()) < 3 * kid.std() / np.sqrt(len(kid))
+    real, _ = real_test()
+    balanced = [kernel_distance(real.features[i:i + 100], load_reference().features) for i in range(0, 2000, 100)]
+    order = torch.randperm(2000, generator=g)
+    random = [kernel_distance(real.features[order[i:i + 100]], load_reference().features) for i in range(0, 2000, 100)]
+    assert np.mean(balanced) < -.3 and abs(np.mean(random)) < .3 # unbiased for independent draws, not for balanced labels
+    small, large = (compute_metrics(Features(real.features[:n], real.logits[:n])) for n in (100, 2000))
+    assert small['fd'] > 2 * large['fd']
+
+# conventions
+
+def test_public_entry_point_of_torch_fidelity_gives_the_same(images):
+    "calculate_metrics with the registered extractor, from images to numbers; input1 = generated, input2 = real."
+    fidelity = import_torch_fidelity()
+    class RGB(torch.utils.data.Dataset):
+        def __init__(self, images): self.images = images
+        def __len__(self): return len(self.images)
+        def __getitem__(self, i): return self.images[i].repeat(3, 1, 1)
+    fake, real = 255 - images[:100], images[100:400]
+    theirs = fidelity.calculate_metrics(input1=RGB(fake), input2=RGB(real), feature_extractor=register_extractor(), cuda=False, fid=True,
+                                        isc=True, prc=True, isc_splits=1, cache=False, save_cpu_ram=True, verbose=False)
+    theirs_kid = fidelity.calculate_metrics(input1=RGB(fake), input2=RGB(real), feature_extractor=register_extractor(), cuda=False,
+                                            kid=True, kid_subsets=20, kid_subset_size=100, cache=False, save_cpu_ram=True, verbose=False)
+    x, y = extract(fake), extract(real)
+    ours = compute_metrics(x, reference=Reference(*statistics(y.features), y.features.double()))
+    assert ours['fd'] == pytest.approx(theirs[fidelity.KEY_METRIC_FID], rel=1e-4) # their means are float32
+    assert ours['is'] == pytest.approx(theirs[fidelity.KEY_METRIC_ISC_MEAN], rel=1e-6)
+    assert ours['kid'] == pytest.approx(theirs_kid[fidelity.KEY_METRIC_KID_MEAN], rel=1e-3)
+    assert ours['precision'] == pytest.approx(theirs[fidelity.KEY_METRIC_PRECISION], abs=.011)
+    assert ours['recall'] == pytest.approx(theirs[fidelity.KEY_METRIC_RECALL], abs=.011)
+
+def test_extract_is_the_classifier(images):
+    features, logits = extract(images[:50])
+    h, z = load_classifier().features(to_float(images[:50]))
+    assert torch.allclose(features, h, atol=1e-5) and torch.allclose(logits, z, atol=1e-5)
+
+def test_committed_features_are_what_extract_gives():
+    try: images, labels = fashion_mnist('test')
+    except FileNotFoundError as error: pytest.skip(str(error))
+    (features, logits), classes = real_test(500)
+    index = torch.stack([(labels == c).nonzero()[:50, 0] for c in range(10)], 1).flatten()
+    again = extract(images[index])
+    assert torch.equal(labels[index], classes)
+    assert torch.allclose(features, again.features, atol=1e-4) and torch.allclose(logits, again.logits, atol=1e-4)
+    accuracy = (extract(images).logits.argmax(1) == labels).double().mean().item()
+    assert accuracy >= .91 and accuracy == pytest.approx(read_card(data_file('fashion_classifier.safetensors'))['test_accuracy'], abs=2e-4)
+
+def test_the_name_follows_the_weights(tmp_path):
+    weights, path = load_file(data_file('fashion_classifier.safetensors')), tmp_path / 'w.safetensors'
+    save_file(weights, path)
+    assert extractor_name(path) == extractor_name() # other metadata, same tensors
+    weights['head.bias'][0] += 1
+    save_file(weights, path)
+    assert extractor_name(path) != extractor_name() and register_extractor(path) != register_extractor()
+    with pytest.raises(ValueError, match='train_classifier'): load_reference(path)
+
+def test_files_are_small():
+    assert os.path.getsize(data_file('fashion_classifier.safetensors')) <= 1_000_000
+    assert os.path.getsize(data_file('fashion_reference.safetensors')) <= 1_500_000
+
+# determinism and independence
+
+def test_repeating_gives_identical_numbers(images):
+    before = torch.random.get_rng_state()
+    first, second = (compute_metrics(extract(images[:300]), torch.arange(300) % 10) for _ in range(2))
+    assert first == second and torch.equal(before, torch.random.get_rng_state())
+
+def test_batch_size_does_not_matter(images):
+    runs = [compute_metrics(extract(images[:250], batch_size=b)) for b in (50, 250, 1, 1000)]
+    for run in runs[1:]: assert run == pytest.approx(runs[0], rel=1e-4, abs=1e-6)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_device_does_not_matter(images):
+    on_cpu, on_gpu = extract(images[:100]), extract(images[:100], device='cuda')
+    assert on_gpu.features.device.type == 'cpu' and torch.allclose(on_cpu.features, on_gpu.features, atol=5e-2)
+
+# sanity and refusals
+
+def test_real_is_near_noise_is_far():
+    real = compute_metrics(*real_test())
+    noise = torch.randint(0, 256, (500, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    far = compute_metrics(extract(noise), torch.arange(500) % 10)
+    assert far['fd'] > 50 * real['fd'] and far['kid'] > 50 * abs(real['kid'])
+    assert real['precision'] > .6 and real['recall'] > .6 and far['precision'] < .5 and far['recall'] < .01
+    assert real['accuracy'] > .9 and far['accuracy'] < .3 and far['is'] < real['is'] <= 10
+
+def test_refusals(images):
+    real, labels = real_test(20)
+    with pytest.raises(ValueError, match='samples=7'): compute_metrics(Features(*(v[:7] for v in real)))
+    with pytest.raises(ValueError, match='not finite'): compute_metrics(real._replace(features=real.features * float('nan')))
+    with pytest.raises(ValueError, match='one each'): compute_metrics(real, labels[:19])
+    with pytest.raises(ValueError, match='uint8'): extract(images.float())
+    with pytest.raises(ValueError, match='batch_size'): extract(images, batch_size=0)
+    with pytest.raises(ValueError, match='device'): extract(images, device='meta')
+    with pytest.raises(ValueError, match='samples'): real_test(2001)
+
+def test_import_is_lazy_and_the_remedy_works_alone():
+    code = ("import sys, neuralsolver.metrics as m\n"
+            "assert not {'torchvision', 'torch_fidelity'} & set(sys.modules)\n"
+            "m.import_torch_fidelity(); m.import_torch_fidelity()\n"
+            "import torch, torchvision\n"
+            "assert torchvision.utils.make_grid(torch.zeros(2, 1, 4, 4)).shape == (3, 8, 14)")
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+def test_the_remedy_hides_no_other_failure(monkeypatch):
+    import builtins
+    real_import = builtins.__import__
+    def broken(name, *args, **kwargs):
+        if name == 'torchvision': raise RuntimeError('something else')
+        return real_import(name, *args, **kwargs)
+    monkeypatch.setattr(builtins, '__import__', broken)
+    with pytest.raises(RuntimeError, match='something else'): import_torch_fidelity()

@@ -1,0 +1,33 @@
+"""NeuralSolver: few-step diffusion samplers as data, searched by differentiating through the sampler (arXiv 2505.21114).
+
+Attributes are imported on first use, so that `import neuralsolver` is cheap; the modules are exported from nbs/ by nbdev.
+"""
+__version__ = "0.1.0"
+
+import importlib
+
+_EXPORTS = {
+    'paths': ['Path', 'LinearPath'],
+    'fields': ['Field', 'GaussianMixture', 'guide'],
+    'solvers': ['Solver', 'sample', 'uniform_grid', 'euler', 'midpoint', 'heun', 'rk4', 'adams_bashforth', 'adam2', 'adam4', 'ipndm'],
+    'neural': ['NeuralSolver', 'neural_solver', 'list_solvers', 'load_solver', 'save_solver', 'get_solver'],
+    'solver_search': ['search', 'teacher_trajectories'],
+    'models': ['SiT', 'list_models', 'load_model'],
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+_MODULES = [*_EXPORTS, 'utils', 'data', 'training', 'metrics', 'evaluate', 'figures', 'papermill_engine']
+__all__ = [*_MODULE_OF, *_MODULES]
+
+
+def __getattr__(name):
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f'.{_MODULE_OF[name]}', __name__), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f'.{name}', __name__)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
