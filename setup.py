@@ -28,7 +28,7 @@ setup(
     # data/ travels in the wheel as neuralsolver/assets; in a clone neuralsolver.utils.data_root() finds data/ itself
     packages=['neuralsolver', 'neuralsolver.assets'],
     package_dir={'neuralsolver': 'neuralsolver', 'neuralsolver.assets': 'data'},
-    package_data={'neuralsolver.assets': [f'**/*.{ext}' for ext in ('json', 'safetensors', 'npz', 'md')]},
+    package_data={'neuralsolver.assets': [f'**/*.{ext}' for ext in ('json', 'safetensors', 'npz', 'csv', 'md')]},
     exclude_package_data={'neuralsolver.assets': ['golden/**']},
     include_package_data=False,
     zip_safe=False,

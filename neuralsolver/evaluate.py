@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .data import to_uint8
 from .fields import Field
 from .metrics import Features, compute_metrics, extract, load_reference, metrics_protocol, real_test

@@ -77,9 +77,9 @@ class GaussianMixture(nn.Module):
         super().__init__()
         self.std = check_float('std', std, low=1e-12)
         self.path, self.prediction = path, check_choice('prediction', prediction, PREDICTIONS)
-        weights = torch.ones(len(centers), dtype=centers.dtype) if weights is None else weights
+        weights = (torch.ones(len(centers)) if weights is None else weights).to(centers)
         self.register_buffer('centers', centers.flatten(1))
-        self.register_buffer('log_weights', (weights / weights.sum()).log().to(centers.dtype))
+        self.register_buffer('log_weights', (weights / weights.sum()).log())
         self.register_buffer('labels', torch.zeros(len(centers), dtype=torch.int64) if labels is None else labels)
         self.register_buffer('square_norms', self.centers.square().sum(1))
         self.sample_shape, self.num_classes = tuple(centers.shape[1:]), int(self.labels.max()) + 1

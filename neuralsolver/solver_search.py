@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from lion_pytorch import Lion
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .neural import NeuralSolver
 from .solvers import Solver, euler, sample
 from .utils import atomic_path, check_float, check_int
@@ -72,7 +72,7 @@ def search(
     lr: float = 1e-2, # step of Lion, constant
     seed: int = 0, # seed of the batch order
     heldout: int | None = None, # pool members kept for validation; None = a fifth
-    eval_every: int = 25, # iterations between held-out evaluations
+    eval_every: int = 10, # iterations between held-out evaluations
     patience: int | None = 300, # stop after so many iterations without improvement; None = never
     tolerance: float = 0.01, # relative improvement of the held-out RMSE that counts
     checkpoint: str | os.PathLike | None = None, # file to resume from and to save to at every evaluation
@@ -89,7 +89,7 @@ def search(
     check_int('batch_size', batch_size, 1, train)
     if isinstance(teacher, int): teacher = teacher_trajectories(field, noise, cond, check_int('teacher', teacher), progress=progress)
     if teacher.shape[1:] != noise.shape: raise ValueError(f'teacher {list(teacher.shape)} does not fit noise {list(noise.shape)}: [L + 1, M, ...] is needed.')
-    run = _Run(field, NeuralSolver(steps), noise, cond, teacher, train, batch_size, lr, seed)
+    run = _Run(field, NeuralSolver(steps), noise, cond, teacher, train, batch_size, lr, seed, eval_every)
     run.load(checkpoint)
     bar = tqdm(total=iterations, initial=run.iteration, desc=f'search {steps} steps', disable=not progress, mininterval=1)
     while True:
@@ -106,12 +106,12 @@ def search(
 # %% ../nbs/05_solver_search.ipynb #8d555721
 class _Run:
     "One search in progress."
-    def __init__(self, field, module, noise, cond, teacher, train, batch_size, lr, seed):
+    def __init__(self, field, module, noise, cond, teacher, train, batch_size, lr, seed, eval_every):
         self.field, self.module, self.noise, self.cond, self.teacher = field, module, noise, cond, teacher
         self.train, self.batch_size, self.seed = train, batch_size, seed
         self.optimizer = Lion(module.parameters(), lr=lr, weight_decay=0.)
         self.iteration, self.best, self.history = 0, (float('inf'), 0, None), dict(loss=[], iteration=[], heldout_rmse=[])
-        self.settings = repr((module.steps, tuple(noise.shape), len(teacher), train, batch_size, lr, seed, noise.double().sum().item(), teacher[-1].double().sum().item()))
+        self.settings = repr((module.steps, tuple(noise.shape), len(teacher), train, batch_size, lr, seed, eval_every, noise.double().sum().item(), teacher[-1].double().sum().item()))
 
     def solver(self, parameters=None, **kwargs) -> Solver:
         return torch.func.functional_call(self.module, parameters, (), kwargs) if parameters else self.module(**kwargs)

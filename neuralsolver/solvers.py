@@ -38,6 +38,7 @@ class Solver:
 
     def __post_init__(self):
         nodes, weights = (torch.as_tensor(v, dtype=torch.float64, device='cpu') for v in (self.nodes, self.weights))
+        nodes, weights = nodes + 0., weights + 0. # -0.0 becomes 0.0: equal tables have equal digests
         object.__setattr__(self, 'nodes', nodes); object.__setattr__(self, 'weights', weights)
         object.__setattr__(self, 'steps', self.steps or len(weights))
         check_choice('coordinates', self.coordinates, COORDINATES)
@@ -75,6 +76,9 @@ def from_dict(cls: Solver, d: dict) -> Solver:
     try:
         K = len(d['weights']); rows = [row + [0.] * (K - len(row)) for row in d['weights']]
         fields = {k: d[k] for k in ('name', 'steps', 'coordinates', 'params', 'provenance')}
+        check_int('steps', d['steps']); check_int('params', d['params'], 0)
+        for key, kind in (('name', str), ('provenance', dict), ('path', dict)):
+            if not isinstance(d[key], kind): raise ValueError(f'{key}={d[key]!r} is not allowed: give a {kind.__name__}.')
         path = dict(d['path']); fields['path'] = PATHS[path.pop('name')](**path)
         return cls(torch.tensor(d['nodes'], dtype=torch.float64), torch.tensor(rows, dtype=torch.float64), **fields)
     except (KeyError, TypeError) as e:
@@ -106,10 +110,11 @@ def plot(
     M = self.weights.detach() / torch.where(span == 0, 1, span)[:, None]
     K, limit = self.nfe, max(1.5, M.abs().max().item())
     shown = np.where(np.tri(K, dtype=bool), M, np.nan)
-    ax.imshow(shown, cmap='RdBu_r', norm=plt.matplotlib.colors.SymLogNorm(1, vmin=-limit, vmax=limit))
+    norm = plt.matplotlib.colors.SymLogNorm(1, vmin=-limit, vmax=limit)
+    ax.imshow(shown, cmap='RdBu_r', norm=norm)
     for k in range(K):
         for j in range(k + 1):
-            if M[k, j]: ax.text(j, k, f'{M[k, j]:.2f}', ha='center', va='center', fontsize=6, color='k' if abs(M[k, j]) < .6 * limit else 'w')
+            if M[k, j]: ax.text(j, k, f'{M[k, j]:.2f}', ha='center', va='center', fontsize=6, color='w' if abs(norm(M[k, j].item()) - .5) > .3 else 'k')
     ax.set(xticks=range(K), yticks=range(K), xlabel='evaluation $j$', ylabel='step $k$', title=f'{self.name}, NFE {K}')
     ax.spines[:].set_visible(False)
     return ax

@@ -1,5 +1,5 @@
 "The repository as a whole: generated files are in step, the wheel is complete, README's commands are those that are run."
-import ast, io, json, os, re, shlex, shutil, subprocess, sys, tokenize, tomllib
+import ast, io, json, os, re, shutil, subprocess, sys, tokenize, tomllib
 from pathlib import Path
 import papermill, pytest
 
@@ -91,7 +91,7 @@ def test_wheel_works_outside_the_repository(tree, tmp_path):
     run(*pip, 'install', '--no-deps', '--target', target, *wheels.glob('neuralsolver-*.whl'), cwd=work)
 
     wanted = {p.relative_to(tree / 'data').as_posix() for p in (tree / 'data').rglob('*')
-              if p.suffix in ('.json', '.safetensors', '.npz', '.md') and 'golden' not in p.parts}
+              if p.suffix in ('.json', '.safetensors', '.npz', '.csv', '.md') and 'golden' not in p.parts}
     assert wanted and wanted == {p.relative_to(target / 'neuralsolver/assets').as_posix()
                                  for p in (target / 'neuralsolver/assets').rglob('*') if p.is_file()}
     assert {p.name for p in target.iterdir() if p.suffix != '.dist-info'} <= {'neuralsolver', 'bin'} # neither nbs nor data at the top
@@ -110,9 +110,8 @@ def readme():
 
 def test_readme_is_made_from_the_index_notebook(readme, tree, tmp_path):
     command = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['neuralsolver']['readme']
-    program, *args = shlex.split(command)
     shutil.copytree(tree / 'nbs', tmp_path / 'nbs')
-    run(BIN / program, *args, cwd=tmp_path, env=os.environ | {'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}'})
+    run('bash', '-euo', 'pipefail', '-c', command, cwd=tmp_path, env=os.environ | {'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}'})
     assert (tmp_path / 'README.md').read_text(encoding='utf-8') == readme, f'README.md is not nbs/index.ipynb: {command}'
 
 def test_readme_commands(readme):

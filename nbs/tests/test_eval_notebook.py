@@ -1,0 +1,56 @@
+"eval.ipynb and sweep.ipynb as a user calls them: files, repeatability, batch size, refusals."
+import json, re, subprocess, sys
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+from neuralsolver.evaluate import Protocol, evaluate, write_reports
+
+ROOT = Path(__file__).resolve().parents[2]
+PAPERMILL = str(Path(sys.executable).parent / 'papermill')
+SMALL = dict(steps=5, model='fashion-mixture', samples=40, seeds='0,1', solvers='euler,adam2,flowdcn-b-2', teacher_steps=10)
+
+def run(out, notebook='nbs/eval.ipynb', **parameters):
+    flags = [v for k, p in {**parameters, 'reports_dir': out}.items() for v in ('--p', k, str(p))]
+    return subprocess.run([PAPERMILL, notebook, str(out / 'executed.ipynb'), *flags], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+@pytest.fixture(scope='module')
+def first(tmp_path_factory):
+    out = tmp_path_factory.mktemp('first'); done = run(out, **SMALL)
+    assert done.returncode == 0, done.stderr
+    return out
+
+def test_files_and_columns(first):
+    wanted = {f'eval_fashion-mixture_5{s}' for s in ('.csv', '.json', '.md', '_samples.npz', '_samples.png', '_samples.svg', '_tradeoff.png', '_tradeoff.svg')}
+    assert {p.name for p in first.iterdir()} == wanted | {'executed.ipynb'}
+    t = pd.read_csv(first / 'eval_fashion-mixture_5.csv').set_index('solver')
+    assert {'model', 'steps', 'nfe', 'guidance', 'params', 'samples', 'fd', 'fd_sd', 'is', 'precision', 'recall', 'kid', 'rmse', 'seconds', 'reported_fid'} <= set(t.columns)
+    assert list(t.index) == ['euler', 'adam2', 'flowdcn-b-2', 'teacher', 'real']
+    assert t.rmse['teacher'] == 0 and t.reported_fid['adam2'] == 8.96 and t.reported_fid['flowdcn-b-2'] == 4.92 and np.isnan(t.reported_fid['euler'])
+    protocol = json.loads((first / 'eval_fashion-mixture_5.json').read_text())
+    assert protocol['counts'] == [20, 20] and re.fullmatch('[0-9a-f]{64}', protocol['weights']['fashion_mixture.npz'])
+
+@pytest.mark.parametrize('batch_size', [250, 7])
+def test_same_seeds_same_table_whatever_the_batch_size(first, tmp_path, batch_size):
+    protocol = Protocol(**SMALL, batch_size=batch_size)
+    stem = write_reports(protocol, *evaluate(protocol, progress=False), tmp_path)
+    a, b = (pd.read_csv(p).drop(columns='seconds') for p in (first / 'eval_fashion-mixture_5.csv', f'{stem}.csv'))
+    if batch_size == 250: pd.testing.assert_frame_equal(a, b, check_exact=True)
+    else: pd.testing.assert_frame_equal(a, b, rtol=1e-3, atol=1e-3)
+
+@pytest.mark.parametrize('parameters, message', [(dict(steps=2.5), 'steps=2.5'), (dict(stepz=8), "did you mean 'steps'")])
+def test_bad_values_fail_at_once(tmp_path, parameters, message):
+    done = run(tmp_path, **{'model': 'fashion-mixture', **parameters})
+    assert done.returncode != 0 and message in done.stderr
+    assert not list(tmp_path.glob('eval_*'))
+
+def test_left_out_rows_are_said(tmp_path):
+    protocol = Protocol(**{**SMALL, 'steps': 4, 'solvers': 'default', 'samples': 20, 'teacher_steps': 4})
+    stem = write_reports(protocol, *evaluate(protocol, progress=False), tmp_path)
+    assert 'flowdcn-b-2' in json.loads(stem.with_name(stem.name + '.json').read_text())['left_out']
+    assert 'Left out: sit-xl-2, no table for 4 steps' in stem.with_name(stem.name + '.md').read_text()
+
+def test_sweep(tmp_path):
+    done = run(tmp_path, 'nbs/sweep.ipynb', models='fashion-mixture', steps='5', guidance='1', samples=20, seeds='0,1', teacher_steps=10)
+    assert done.returncode == 0, done.stderr
+    everything, best = pd.read_csv(tmp_path / 'sweep_all.csv'), pd.read_csv(tmp_path / 'sweep.csv')
+    classical = everything[~everything.solver.isin(['flowdcn-b-2', 'sit-xl-2', 'fashion-mixture'])].groupby('solver').rmse.mean()
+    assert np.isclose(best.rmse_classical[0], classical.min(), rtol=1e-5) and (everything.nfe == 5).all()

@@ -1,0 +1,176 @@
+"Networks against tensors made by the official code, exact fields against autograd and Bayes' rule."
+import json, math, shutil
+import pytest, torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from neuralsolver.fields import Field, GaussianMixture, guide
+from neuralsolver.models import SIT_SIZES, SiT, list_models, load_model, load_weights
+from neuralsolver.neural import load_solver
+from neuralsolver.paths import LinearPath, VPPath
+from neuralsolver.solvers import euler, sample
+from neuralsolver.utils import data_file, data_root, indexed_noise, sha256
+
+F64 = torch.float64
+
+# SiT against willisma/SiT
+
+@pytest.fixture(scope='module')
+def golden():
+    if not (data_root() / 'golden').is_dir(): pytest.skip('data/golden is not carried by the wheel')
+    path = data_root() / 'golden/sit_small.safetensors'
+    with safe_open(path, 'pt') as f: config = json.loads(f.metadata()['config'])
+    tensors = load_file(path); net = SiT(**config).eval()
+    net.load_state_dict({k.removeprefix('params/'): v for k, v in tensors.items() if k.startswith('params/')}, strict=True)
+    return net, tensors
+
+def close(a, b, atol=1e-5): torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+@torch.no_grad()
+def test_forward_and_every_intermediate_tensor(golden):
+    net, g = golden; found, hooks = {}, []
+    for name, module in net.named_modules():
+        if f'inter/{name}' in g: hooks.append(module.register_forward_hook(lambda m, i, o, name=name: found.update({name: o})))
+    try: close(net(g['x'], g['t'], g['y']), g['forward'])
+    finally:
+        for hook in hooks: hook.remove()
+    close(net.t_embedder.embedding(g['t']), g['inter/timestep_embedding'], 1e-6)
+    names = {k.removeprefix('inter/') for k in g if k.startswith('inter/')} - {'timestep_embedding'}
+    assert set(found) == names and len(names) == 7
+    for name in names: close(found[name], g[f'inter/{name}'], 2e-5)
+
+@torch.no_grad()
+def test_forward_with_cfg(golden):
+    "Their rule: real classes first, null class second, three of four channels guided, the fourth each half's own."
+    net, g = golden; scale, half = g['cfg/cfg_scale'].item(), g['cfg/x'][:6]
+    assert scale == pytest.approx(1.375) and (g['cfg/y'][6:] == net.num_classes).all()
+    cond, uncond = net(torch.cat([half, half]), g['cfg/t'], g['cfg/y']).chunk(2)
+    close(torch.cat([cond, uncond]), g['cfg/model_out'])
+    close(guide(cond, uncond, scale, channels=3), g['forward_with_cfg'][:6], 2e-5)
+    close(torch.cat([guide(cond, uncond, scale, channels=3)[:, :3], uncond[:, 3:]], 1), g['forward_with_cfg'][6:], 2e-5)
+    field = Field(net, guidance=scale, guided_channels=3) # one time for the whole batch, hence sample by sample
+    for i in range(6): close(field(half[i:i + 1], g['cfg/t'][i], g['cfg/y'][i:i + 1]), g['forward_with_cfg'][i:i + 1], 2e-5)
+
+def test_keys_are_strict(golden):
+    net, _ = golden; state = net.state_dict()
+    for broken in ({k: v for k, v in state.items() if k != 'pos_embed'}, state | {'ema': torch.zeros(1)}):
+        with pytest.raises(RuntimeError, match='pos_embed|ema'): net.load_state_dict(broken, strict=True)
+
+def test_xl_2_has_the_official_keys_shapes_and_count(golden):
+    manifest = json.loads(data_file('golden/sit_xl_2_256.json').read_text())
+    with torch.device('meta'): net = SiT(**SIT_SIZES['XL'])
+    assert [(k, list(v.shape)) for k, v in net.state_dict().items()] == list(manifest['keys'].items()) # the order too
+    assert sum(p.numel() for p in net.parameters()) == manifest['n_params']
+    assert [k for k, p in net.named_parameters() if not p.requires_grad] == manifest['not_learnable']
+
+def test_vp_path_is_the_official_scheduler():
+    if not (data_root() / 'golden').is_dir(): pytest.skip('data/golden is not carried by the wheel')
+    table = json.loads(data_file('golden/vp_tables.json').read_text())['vp_continuous']; path = VPPath()
+    for part in (table, table['clamp']):
+        t = torch.tensor(part['t'], dtype=F64)
+        for name in part.keys() & {'alpha', 'sigma', 'beta'}:
+            torch.testing.assert_close(getattr(path, name)(t), torch.tensor(part[name], dtype=F64), rtol=1e-12, atol=0)
+
+# Exact fields
+
+def problem(path, prediction):
+    g = torch.Generator().manual_seed(3); centers, x = (torch.randn(n, 2, 3, generator=g, dtype=F64) for n in (6, 20))
+    weights, labels = torch.tensor([1, 2, 3, 1, .5, 4], dtype=F64), torch.tensor([0, 1, 1, 2, 0, 2])
+    return GaussianMixture(centers, .4, labels, weights, path, prediction), centers, weights, labels, x
+
+@pytest.mark.parametrize('path', [LinearPath(), VPPath()])
+@pytest.mark.parametrize('label', [None, 0, 1, 2, 3]) # 3 is the null class
+def test_mixture_is_the_autograd_score_of_its_density(path, label):
+    "Tweedie: E[x_1|x] = (x + sigma^2 score) / alpha, E[eps|x] = -sigma score; the density by torch.distributions."
+    from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+    for t in (torch.tensor(.15, dtype=F64), torch.tensor(.5, dtype=F64), torch.tensor(.85, dtype=F64)):
+        s = t.clone().requires_grad_(); alpha, sigma = path.alpha(s), path.sigma(s)
+        alpha_dot, sigma_dot = (torch.autograd.grad(v, s, retain_graph=True)[0] for v in (alpha, sigma))
+        alpha, sigma = alpha.detach(), sigma.detach()
+        for prediction in ('data', 'noise', 'velocity'):
+            mixture, centers, weights, labels, x = problem(path, prediction)
+            keep = torch.ones(6, dtype=torch.bool) if label in (None, 3) else labels == label
+            parts = Independent(Normal(alpha * centers[keep], (.16 * alpha ** 2 + sigma ** 2).sqrt()), 2)
+            leaf = x.clone().requires_grad_()
+            score, = torch.autograd.grad(MixtureSameFamily(Categorical(weights[keep]), parts).log_prob(leaf).sum(), leaf)
+            data, noise = (x + sigma ** 2 * score) / alpha, -sigma * score
+            expected = dict(data=data, noise=noise, velocity=alpha_dot * data + sigma_dot * noise)[prediction]
+            result = mixture(x, t) if label is None else mixture(x, t, torch.full((20,), label))
+            torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+
+@pytest.mark.parametrize('path', [LinearPath(), VPPath()])
+def test_posterior_is_bayes_rule_for_mixed_labels(path):
+    mixture, centers, weights, labels, x = problem(path, 'data'); t = torch.tensor(.6, dtype=F64); y = torch.arange(20) % 4
+    p, a, s = mixture.posterior(x.flatten(1), t, y), path.alpha(t).item(), path.sigma(t).item(); var = .16 * a ** 2 + s ** 2
+    for i in range(20):
+        def term(w, c): return w.item() * math.exp(-(x[i] - a * c).square().sum().item() / (2 * var))
+        terms = [term(w, c) if y[i] in (3, k) else 0. for w, c, k in zip(weights, centers, labels)]
+        torch.testing.assert_close(p[i], torch.tensor(terms, dtype=F64) / math.fsum(terms), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(mixture(x, t, y)[:1], mixture(x[:1], t, y[:1]), rtol=0, atol=1e-13)
+    times = torch.linspace(.1, .9, 20, dtype=F64) # one time a sample
+    torch.testing.assert_close(mixture(x, times, y)[7:8], mixture(x[7:8], times[7], y[7:8]), rtol=0, atol=1e-12)
+
+def test_weights_are_normalised_at_the_precision_of_the_centres():
+    centers = torch.zeros(3, 1, dtype=F64)
+    p = GaussianMixture(centers, 1., weights=torch.tensor([1., 1., 1.])).log_weights.exp() # float32 weights
+    torch.testing.assert_close(p, torch.full((3,), 1 / 3, dtype=F64), rtol=1e-15, atol=0)
+
+# Models by name
+
+class Recorder(torch.nn.Module):
+    "A network that notes the batches it is called with."
+    def __init__(self, net): super().__init__(); self.net, self.num_classes, self.calls = net, net.num_classes, []
+    def forward(self, x, t, y): self.calls.append((len(x), t.tolist(), y.tolist(), x.dtype)); return self.net(x, t, y)
+
+@pytest.mark.parametrize('name', list_models())
+@torch.inference_mode()
+def test_guidance_is_one_batched_call_an_evaluation(name):
+    net = Recorder(load_model(name)); x, y = indexed_noise(range(3), net.net.sample_shape), torch.tensor([1, 5, 9])
+    result = sample(Field(net, guidance=1.5), x, euler(4), y)
+    assert [n for n, *_ in net.calls] == [6] * 4 and all(labels == [1, 5, 9, 10, 10, 10] for _, _, labels, _ in net.calls)
+    assert [t for _, t, _, _ in net.calls] == [[k / 4] * 6 for k in range(4)]
+    def two_calls(x, t, y):
+        c, u = net.net(x, t.expand(3), y), net.net(x, t.expand(3), torch.full_like(y, 10))
+        return u + 1.5 * (c - u)
+    close(result, sample(two_calls, x, euler(4), y), 2e-5)
+    net.calls.clear(); sample(Field(net), x, euler(4), y)
+    assert [n for n, *_ in net.calls] == [3] * 4
+
+@torch.inference_mode()
+def test_a_network_keeps_its_dtype_and_the_caller_his():
+    net = Recorder(load_model('sit-tiny')); x = indexed_noise(range(2), net.net.sample_shape, dtype=F64)
+    field = Field(net); result = sample(field, x, euler(2), torch.tensor([0, 1]))
+    assert result.dtype == F64 and {dtype for *_, dtype in net.calls} == {torch.float32}
+    low = Field(load_model('sit-tiny').bfloat16())
+    assert (sample(low, x, euler(2), torch.tensor([0, 1])) - result).square().mean().sqrt() < .05
+
+@torch.inference_mode()
+def test_sit_tiny_is_trained():
+    "Without any metric: it turns noise into images that its own exact counterpart, the mixture of real images, finds likely."
+    net, mixture = load_model('sit-tiny'), load_model('fashion-mixture'); labels = torch.arange(20) % 10
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    images = sample(Field(net, guidance=1.5), indexed_noise(range(20), net.sample_shape), load_solver('sit-xl-2', 8), labels)
+    nearest = torch.cdist(images.flatten(1), mixture.centers).argmin(1)
+    assert (mixture.labels[nearest] == labels).float().mean() >= .7 # 0.1 by chance
+
+@torch.inference_mode()
+def test_fashion_mixture_works_without_labels_and_lands_on_images():
+    net = load_model('fashion-mixture'); x = indexed_noise(range(4), net.sample_shape)
+    close(net(x, torch.tensor(.3)), net(x, torch.tensor(.3), torch.full((4,), net.num_classes)), 1e-6)
+    images = sample(net, x, euler(40)); distance = torch.cdist(images.flatten(1), net.centers).min(1).values
+    assert (distance < 2 * net.std * 28).all() and (torch.cdist(x.flatten(1), net.centers).min(1).values > 4 * net.std * 28).all()
+
+def test_errors_about_models(tmp_path):
+    with pytest.raises(ValueError, match="model='sit'.*fashion-mixture, sit-tiny"): load_model('sit')
+    with pytest.raises(ValueError, match='num_heads=5'): SiT(8, 2, 1, 32, 1, 5)
+    assert list_models()[0] == 'fashion-mixture' and 'fashion_classifier' not in list_models()
+
+def test_damaged_replaced_or_foreign_weights_are_refused(tmp_path):
+    for suffix in ('.json', '.safetensors'): shutil.copy(data_file(f'sit-tiny{suffix}'), tmp_path)
+    path = tmp_path / 'sit-tiny.safetensors'; card = json.loads(path.with_suffix('.json').read_text())
+    assert all(torch.equal(a, b) for a, b in zip(load_weights(path).parameters(), load_model('sit-tiny').parameters()))
+    content = bytearray(path.read_bytes()); content[len(content) // 2] ^= 1; path.write_bytes(content)
+    with pytest.raises(ValueError, match='damaged or was replaced'): load_weights(path)
+    state = load_file(data_file('sit-tiny.safetensors'))
+    for broken in ({k: v for k, v in state.items() if k != 'pos_embed'}, state | {'extra': torch.zeros(1)}): # the card fits the file
+        save_file(broken, path); path.with_suffix('.json').write_text(json.dumps(card | {'sha256': sha256(path)}))
+        with pytest.raises(RuntimeError, match='pos_embed|extra'): load_weights(path)
