@@ -49,7 +49,9 @@ class Protocol:
         check_int('samples', self.samples, low=8 * len(self.seed_list))
         try: torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as e: raise ValueError(f'device={self.device!r} cannot be used here: {e}') from e
-        self.select()
+        for name, solver in self.select()[0].items():
+            if solver.coordinates != 'velocity':
+                raise ValueError(f'solvers={self.solvers!r} is not allowed: {name!r} integrates {solver.coordinates} predictions, {self.model} predicts velocity.')
 
     @property
     def seed_list(self) -> list[int]: "The seeds as integers."; return [int(s) for s in split_names('seeds', self.seeds)]
@@ -89,7 +91,7 @@ def end_points(
 
 METRICS = ('fd', 'is', 'kid', 'precision', 'recall', 'accuracy')
 
-def measure(images: Tensor, labels: Tensor, batch_size: int = 500) -> dict[str, float]:
+def measure(images: Tensor, labels: Tensor) -> dict[str, float]:
     "Metrics of float images in [-1, 1]; all NaN if the sampler diverged."
     if not images.isfinite().all(): return dict.fromkeys(METRICS, math.nan)
     reference = load_reference()

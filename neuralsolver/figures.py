@@ -6,8 +6,7 @@
 __all__ = ['save_figure', 'sample_grid', 'trade_off']
 
 # %% ../nbs/11_figures.ipynb #4ce09893
-import math, os
-from pathlib import Path
+import os
 import numpy as np
 import pandas as pd
 from .utils import atomic_path
