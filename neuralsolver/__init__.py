@@ -7,12 +7,14 @@ __version__ = "0.1.0"
 import importlib
 
 _EXPORTS = {
-    'paths': ['Path', 'LinearPath'],
+    'paths': ['Path', 'LinearPath', 'ShiftedPath', 'VPPath', 'DDPMPath'],
     'fields': ['Field', 'GaussianMixture', 'guide'],
-    'solvers': ['Solver', 'sample', 'uniform_grid', 'euler', 'midpoint', 'heun', 'rk4', 'adams_bashforth', 'adam2', 'adam4', 'ipndm'],
+    'solvers': ['Solver', 'sample', 'change_path', 'uniform_grid', 'euler', 'midpoint', 'heun', 'rk4', 'adams_bashforth', 'adam2', 'adam4'],
+    'spacings': ['time_grid'],
+    'exponential': ['ddim', 'dpm_solver', 'dpm_solver_pp', 'unipc', 'deis', 'ipndm', 'ipndm_v', 'optimized_nodes'],
     'neural': ['NeuralSolver', 'neural_solver', 'list_solvers', 'load_solver', 'save_solver', 'get_solver'],
     'solver_search': ['search', 'teacher_trajectories'],
-    'models': ['SiT', 'list_models', 'load_model'],
+    'models': ['SiT', 'DiT', 'list_models', 'load_model'],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 _MODULES = [*_EXPORTS, 'utils', 'data', 'training', 'metrics', 'evaluate', 'figures', 'papermill_engine']

@@ -6,11 +6,11 @@
 __all__ = ['guide', 'Field', 'GaussianMixture']
 
 # %% ../nbs/02_fields.ipynb #9b34c75d
-import math
+import copy, math
 from typing import Callable
 import torch
 from torch import nn, Tensor
-from .paths import LinearPath, Path, PREDICTIONS, per_sample
+from .paths import LinearPath, NETWORK_TIMES, Path, PREDICTIONS, per_sample
 from .utils import check_choice, check_float, check_int
 
 # %% ../nbs/02_fields.ipynb #f3afea56
@@ -26,21 +26,24 @@ def guide(
 
 # %% ../nbs/02_fields.ipynb #9237ea5c
 class Field:
-    "A class-conditional network as a field: `field(x, t, labels) -> prediction`."
+    "A class-conditional network as a field: `field(x, t, labels) -> prediction`. `sample` picks the prediction that its solver integrates."
     def __init__(
         self,
-        net: Callable, # network `net(x [B, ...], t [B], y [B]) -> [B, ...]`
-        path: Path = LinearPath(), # the path it was trained on
-        prediction: str = 'velocity', # what the network predicts: 'velocity', 'data' or 'noise'
-        target: str = 'velocity', # what the solver's coordinates ask for
+        net: Callable, # network `net(x [B, C, ...], t [B], y [B]) -> [B, C, ...]`; channels after the first C (a learned variance) are dropped
+        path: Path | None = None, # the path to sample along; None = `net.path`, or LinearPath()
+        prediction: str | None = None, # what the network predicts, one of PREDICTIONS; None = `net.prediction`, or 'velocity'
+        target: str | None = None, # what a call returns; None = `prediction`
         guidance: float = 1.0, # guidance scale w; 1 = none
-        guided_channels: int | None = None, # guide the first channels only; None = all
+        guided_channels: int | None = None, # guide the first channels only; None = `net.guided_channels`, or all
         null_label: int | None = None, # index of the null class; None = `net.num_classes`
+        network_time: str | None = None, # what the network is told, a key of NETWORK_TIMES; None = `net.network_time`, or 't'
     ):
-        self.net, self.path = net, path
-        self.prediction = check_choice('prediction', prediction, PREDICTIONS)
-        self.target = check_choice('target', target, PREDICTIONS)
+        self.net, self.path = net, getattr(net, 'path', LinearPath()) if path is None else path
+        self.prediction = check_choice('prediction', prediction or getattr(net, 'prediction', 'velocity'), PREDICTIONS)
+        self.target = check_choice('target', target or self.prediction, PREDICTIONS)
+        self.network_time = check_choice('network_time', network_time or getattr(net, 'network_time', 't'), NETWORK_TIMES)
         self.guidance = check_float('guidance', guidance, low=0)
+        guided_channels = getattr(net, 'guided_channels', None) if guided_channels is None else guided_channels
         self.guided_channels = None if guided_channels is None else check_int('guided_channels', guided_channels)
         self.null_label = getattr(net, 'num_classes', None) if null_label is None else null_label
         if self.guidance != 1 and self.null_label is None:
@@ -48,17 +51,30 @@ class Field:
         param = next(iter(net.parameters()), None) if isinstance(net, nn.Module) else None
         self.dtype = None if param is None else param.dtype
 
+    def on(
+        self,
+        path: Path, # a solver's path
+        coordinates: str, # a solver's coordinates
+    ) -> 'Field': # this field, returning that prediction
+        "The field as a solver wants it; ValueError if the solver belongs to another path."
+        if path != self.path:
+            raise ValueError(f'the solver belongs to {path}, the field to {self.path}: re-express it with neuralsolver.change_path(solver, field.path).')
+        field = copy.copy(self); field.target = coordinates
+        return field
+
     def __call__(
         self,
-        x: Tensor, # state [B, ...]
+        x: Tensor, # state [B, C, ...]
         t: Tensor, # 0-d, in the path's time
         labels: Tensor, # int64 class labels [B]
-    ) -> Tensor: # prediction [B, ...] in x's dtype
+    ) -> Tensor: # prediction [B, C, ...] in x's dtype
         "The guided prediction at state x and time t."
         inputs, y = x.to(self.dtype or x.dtype), labels
         if self.guidance != 1:
             inputs, y = torch.cat([inputs, inputs]), torch.cat([labels, torch.full_like(labels, self.null_label)])
-        out = self.net(inputs, t.to(inputs).expand(len(inputs)), y).to(x.dtype)
+        told = NETWORK_TIMES[self.network_time](self.path, t)
+        if self.network_time in ('t', 'alpha'): told = told.to(inputs) # an index near 1000 needs more digits than half precision has
+        out = self.net(inputs, told.expand(len(inputs)), y)[:, :x.shape[1]].to(x.dtype)
         if self.guidance != 1: out = guide(*out.chunk(2), self.guidance, self.guided_channels)
         return self.path.convert(x, t, out, self.prediction, self.target)
 
@@ -72,7 +88,7 @@ class GaussianMixture(nn.Module):
         labels: Tensor | None = None, # int64 class of every component [K]; None = one class
         weights: Tensor | None = None, # component weights [K], positive; None = equal
         path: Path = LinearPath(), # noise path
-        prediction: str = 'velocity', # what is returned: 'velocity', 'data' or 'noise'
+        prediction: str = 'velocity', # what is returned, one of PREDICTIONS
     ):
         super().__init__()
         self.std = check_float('std', std, low=1e-12)
@@ -105,6 +121,12 @@ class GaussianMixture(nn.Module):
         mean = self.posterior(flat, t, y) @ self.centers
         data = mean + a * self.std ** 2 / var * (flat - a * mean)
         noise = s / var * (flat - a * mean)
-        out = dict(data=data, noise=noise).get(self.prediction)
-        if out is None: out = self.path.alpha_dot(t) * data + self.path.sigma_dot(t) * noise
-        return out.view_as(x)
+        if self.prediction in ('data', 'noise'): return (data if self.prediction == 'data' else noise).view_as(x)
+        da, ds = (self.path.alpha_dot(t), self.path.sigma_dot(t)) if self.prediction == 'velocity' else (1, -1)
+        return (da * data + ds * noise).view_as(x)
+
+    def on(self, path: Path, coordinates: str) -> 'GaussianMixture':
+        "The field as a solver wants it; ValueError if the solver belongs to another path."
+        if path != self.path: raise ValueError(f'the solver belongs to {path}, the field to {self.path}: make the mixture with path={path}.')
+        field = copy.copy(self); field.prediction = coordinates
+        return field

@@ -4,7 +4,7 @@ import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from neuralsolver.fields import Field, GaussianMixture, guide
-from neuralsolver.models import SIT_SIZES, SiT, list_models, load_model, load_weights
+from neuralsolver.models import SIZES, SiT, list_models, load_model, load_weights
 from neuralsolver.neural import load_solver
 from neuralsolver.paths import LinearPath, VPPath
 from neuralsolver.solvers import euler, sample
@@ -57,7 +57,7 @@ def test_keys_are_strict(golden):
 
 def test_xl_2_has_the_official_keys_shapes_and_count(golden):
     manifest = json.loads(data_file('golden/sit_xl_2_256.json').read_text())
-    with torch.device('meta'): net = SiT(**SIT_SIZES['XL'])
+    with torch.device('meta'): net = SiT(**SIZES['XL'])
     assert [(k, list(v.shape)) for k, v in net.state_dict().items()] == list(manifest['keys'].items()) # the order too
     assert sum(p.numel() for p in net.parameters()) == manifest['n_params']
     assert [k for k, p in net.named_parameters() if not p.requires_grad] == manifest['not_learnable']

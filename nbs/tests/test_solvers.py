@@ -4,7 +4,8 @@ import numpy as np, pytest, torch
 from neuralsolver.fields import GaussianMixture
 from neuralsolver.neural import CLASSICAL, get_solver, list_solvers, load_solver, neural_solver, save_solver
 from neuralsolver.paths import LinearPath, VPPath
-from neuralsolver.solvers import Solver, adams_bashforth, euler, heun, ipndm, midpoint, rk4, sample, uniform_grid
+from neuralsolver.exponential import ipndm
+from neuralsolver.solvers import Solver, adams_bashforth, euler, heun, midpoint, rk4, sample, uniform_grid
 
 F64 = torch.float64
 

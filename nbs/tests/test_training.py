@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
 from neuralsolver.data import fashion_mnist
 from neuralsolver.fields import Field, GaussianMixture
-from neuralsolver.models import SIT_SIZES, SiT, load_card, load_weights
+from neuralsolver.models import SIZES, SiT, load_card, load_weights
 from neuralsolver.paths import PREDICTIONS, LinearPath, VPPath
 from neuralsolver.solvers import adam2, sample
 from neuralsolver.training import regression_loss, regression_target, train
@@ -128,7 +128,7 @@ def test_notebook_in_two_runs_makes_the_weights_of_the_function(tmp_path, small_
     papermill('train.ipynb', tmp_path, stop_after=2, **common)
     assert not (tmp_path / 'toy.safetensors').exists() and len(pd.read_csv(tmp_path / 'toy_history.csv')) == 2
     papermill('train.ipynb', tmp_path, **common)
-    torch.manual_seed(3); net = SiT(28, 14, 1, **SIT_SIZES['tiny'], class_dropout_prob=.2, num_classes=10, learn_sigma=False)
+    torch.manual_seed(3); net = SiT(28, 14, 1, **SIZES['tiny'], class_dropout_prob=.2, num_classes=10, learn_sigma=False)
     threads = torch.get_num_threads(); torch.set_num_threads(1)
     expected = train(net, *fashion_mnist('train', small_dataset), progress=False, **settings)
     torch.set_num_threads(threads)
