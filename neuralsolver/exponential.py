@@ -115,7 +115,7 @@ def optimized_nodes(
 def _grid(steps: int, path: Path, spacing: str | Tensor, t_start: float | None, t_end: float | None) -> Tensor:
     "`time_grid`, with the optimised spacings besides."
     if isinstance(spacing, str): check_choice('spacing', spacing, GRIDS)
-    if not isinstance(spacing, str) or spacing in SPACINGS: return time_grid(steps, path, spacing, t_start, t_end)
+    if not (isinstance(spacing, str) and spacing.startswith('optimized')): return time_grid(steps, path, spacing, t_start, t_end)
     return optimized_nodes(steps, path, 'time' if spacing == 'optimized' else 'log-snr', t_start, t_end)
 
 # %% ../nbs/05_exponential.ipynb #810c1d0e
@@ -167,7 +167,7 @@ def ipndm_v(
     t_start: float | None = None, # first time; None = the path's noise
     t_end: float | None = None, # last time; None = the path's t_end
 ) -> Solver:
-    "iPNDM with variable-step weights: Adams-Bashforth in s; NFE = steps."
+    "iPNDM with variable-step weights, Adams-Bashforth in s (arXiv 2204.13902, rho-AB); NFE = steps."
     rule = lagrange_weights if _home(path) == 'velocity' else polynomial_rule('noise', path, 's')
     return multistep(_grid(steps, path, spacing, t_start, t_end), order, rule, 'ipndm-v', coordinates=_home(path), path=path)
 
@@ -242,6 +242,7 @@ def singlestep_orders(
 def _singlestep(grid: Tensor, orders: list[int], name: str, coordinates: str, path: Path) -> Solver:
     kappa, times = _Kappa(coordinates, path), grid.tolist()
     build, first = Builder(times[0], coordinates, path), 0
+    if not np.isfinite(kappa(times[-1])) and orders[-1] > 1: raise ValueError(f'the last step is of order {orders[-1]} and cannot end at a clean state (t = {times[-1]:g}): give t_end inside {path}, or a number of evaluations whose last step is of order 1.')
     for p in orders:
         t, nodes, end = times[first], times[first:first + p], times[first + p]; start = build.present
         build.evaluate()

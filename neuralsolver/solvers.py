@@ -26,7 +26,11 @@ class Coordinates(NamedTuple):
     between: Callable # (path, t, u, part) -> the time at which s has gone this part of the way from s(t) to s(u)
 
 def _by_log_snr(s: Callable, inverse: Callable) -> Callable: # s as a function of the log-SNR, and back
-    return lambda p, t, u, part: p.time_of_log_snr(inverse(torch.lerp(s(p.log_snr(t)), s(p.log_snr(u)), part)))
+    def between(p, t, u, part):
+        ends = s(p.log_snr(t)), s(p.log_snr(u))
+        if not all(e.isfinite().all() for e in ends): raise ValueError(f'a stage between t = {t:g} and {u:g} needs finite signal-to-noise ratios: give t_start and t_end inside {p}.')
+        return p.time_of_log_snr(inverse(torch.lerp(*ends, part)))
+    return between
 
 COORDINATES = { # by prediction
     'velocity': Coordinates(lambda p, t: torch.ones_like(t), lambda p, t, u: u - t, lambda p, t, u, part: t + part * (u - t)),
@@ -195,6 +199,7 @@ class Builder:
     ):
         self.coordinates, self.path, self.form = check_choice('coordinates', coordinates, COORDINATES), path, COORDINATES[coordinates]
         self.present, self.evaluated, self.weights, self.delta = (t, np.zeros(0)), [], [], None # states are (time, row)
+        if not self._of(self.form.scale, t) > 0: raise ValueError(f'{coordinates} coordinates are singular at t = {t:g} of {path}: give t_start inside it.')
 
     def _of(self, f: Callable, *times: float) -> float: return f(self.path, *(torch.tensor(t, dtype=torch.float64) for t in times)).item()
     def gain(self, t: float, u: float) -> float: "c(u) / c(t)."; return self._of(self.form.scale, u) / self._of(self.form.scale, t)
@@ -356,12 +361,12 @@ def change_path(
         raise ValueError(f'velocity on {solver.path} depends on its clock and has no meaning on {path}: use a solver in data, noise or flow coordinates.')
     nodes = solver.path.log_snr(solver.nodes)
     ends = path.log_snr(torch.tensor([path.t_noise, path.t_end], dtype=torch.float64))
-    nodes = path.time_of_log_snr(nodes.clamp(*ends)) + 0. # an infinite end of both paths stays itself
+    nodes = path.time_of_log_snr(nodes.clamp(*ends))
     if not all(((nodes[1:] - nodes[:-1]) * (path.t_data - path.t_noise) > 0).tolist()) and (solver.nodes.diff() != 0).all():
         raise ValueError(f'{solver.name} has several nodes beyond the ends of {path}: give a path that reaches further.')
-    form = COORDINATES[coordinates]
-    weights = solver.weights * (form.scale(path, nodes) / form.scale(solver.path, solver.nodes))[1:, None]
-    span = form.span(path, nodes[:-1], nodes[1:]); sums = weights.sum(1)
-    weights = weights * torch.where(sums == 0, 1, span / torch.where(sums == 0, 1, sums))[:, None]
+    form, still = COORDINATES[coordinates], solver.nodes.diff() == 0 # stages at one time: their rows sum to 0, and only the unit changes
+    new, old = (form.span(p, n[:-1], n[1:]) for p, n in ((path, nodes), (solver.path, solver.nodes)))
+    unit = form.scale(path, nodes) / form.scale(solver.path, solver.nodes)
+    weights = solver.weights * torch.where(still, unit[1:], new / torch.where(still, 1, old))[:, None]
     if path == LinearPath() and coordinates == 'flow': coordinates = 'velocity'
     return replace(solver, nodes=nodes, weights=weights, coordinates=coordinates, path=path)

@@ -6,6 +6,8 @@
 __all__ = ['SPACINGS', 'time_grid']
 
 # %% ../nbs/04_spacings.ipynb #16848b3e
+from collections.abc import Sequence
+import numpy as np
 import torch
 from torch import Tensor
 from .paths import Path, VPPath
@@ -13,6 +15,9 @@ from .utils import check_choice, check_float, check_int
 
 # %% ../nbs/04_spacings.ipynb #306d741d
 SPACINGS = ('time', 'log-snr', 'quadratic', 'karras', 'shifted')
+
+def _range(path: Path) -> list[float]: # smallest and largest time of the path
+    return path.clamp(torch.tensor(sorted((path.t_noise, path.t_data)), dtype=torch.float64)).tolist()
 
 def _between(a, b, steps: int) -> Tensor: return torch.lerp(*(torch.as_tensor(v, dtype=torch.float64) for v in (a, b)), torch.linspace(0, 1, steps + 1, dtype=torch.float64))
 
@@ -27,9 +32,9 @@ def time_grid(
 ) -> Tensor: # strictly monotone times from t_start to t_end, float64 [N + 1]
     "The evaluation times of N steps, and the end time."
     check_int('steps', steps)
-    if not isinstance(spacing, str): return _given(steps, path, spacing)
+    if isinstance(spacing, (Tensor, Sequence, np.ndarray)) and not isinstance(spacing, str): return _given(steps, path, spacing)
     check_choice('spacing', spacing, SPACINGS); check_float('rho', rho, 1e-3); check_float('shift', shift, 1e-6)
-    a, b = ((default if t is None else check_float(name, t, *sorted((path.t_noise, path.t_data)))) for name, t, default in (('t_start', t_start, path.t_noise), ('t_end', t_end, path.t_end)))
+    a, b = ((default if t is None else check_float(name, t, *_range(path))) for name, t, default in (('t_start', t_start, path.t_noise), ('t_end', t_end, path.t_end)))
     if (b - a) * (path.t_data - path.t_noise) <= 0: raise ValueError(f't_start={a} must be nearer to noise (t = {path.t_noise}) than t_end={b}.')
     ends = torch.tensor([a, b], dtype=torch.float64); left = (ends - path.t_data).abs() # what is left of the way to the data
     sign = 1 if path.t_noise > path.t_data else -1
@@ -47,7 +52,7 @@ def time_grid(
 
 def _given(steps: int, path: Path, nodes: Tensor) -> Tensor:
     "Given nodes, if they are a grid of this path."
-    nodes = torch.as_tensor(nodes, dtype=torch.float64); low, high = sorted((path.t_noise, path.t_data))
+    nodes = torch.as_tensor(nodes, dtype=torch.float64); low, high = _range(path)
     if nodes.shape != (steps + 1,) or not ((nodes.diff() * (path.t_data - path.t_noise) > 0).all() and low <= nodes.min() and nodes.max() <= high):
-        raise ValueError(f'spacing must be a name or steps + 1 = {steps + 1} times from noise (t = {path.t_noise}) to data (t = {path.t_data}), strictly monotone; got {nodes.tolist()}.')
+        raise ValueError(f'spacing must be a name or steps + 1 = {steps + 1} times from noise (t = {path.t_noise}) to data (t = {path.t_data}) within [{low:g}, {high:g}], strictly monotone; got {nodes.tolist()}.')
     return nodes

@@ -48,6 +48,31 @@ def test_left_out_rows_are_said(tmp_path):
     assert 'flowdcn-b-2' in json.loads(stem.with_name(stem.name + '.json').read_text())['left_out']
     assert 'Left out: sit-xl-2, no table for 4 steps' in stem.with_name(stem.name + '.md').read_text()
 
+@pytest.fixture(scope='module')
+def table_2(tmp_path_factory):
+    protocol = Protocol('dit-tiny', 5, samples=16, seeds='0,1', teacher_steps=10)
+    stem = write_reports(protocol, *evaluate(protocol, progress=False), tmp_path_factory.mktemp('table_2'))
+    return protocol, stem, pd.read_csv(f'{stem}.csv').set_index('solver')
+
+def test_table_2_has_its_rows_and_says_what_is_unusual_about_them(table_2):
+    protocol, stem, t = table_2
+    for method in ('dpm-solver++3m', 'unipc-3'): assert {f'{method}@{g}' for g in ('log-snr', 'time', 'optimized', 'optimized-log-snr')} <= set(t.index)
+    assert {'ddim', 'dpm-solver-2@log-snr', 'dpm-solver-3@log-snr', 'deis-3', 'ipndm', 'ipndm-v', 'dit-xl-2', 'dit-tiny', 'teacher', 'real'} <= set(t.index)
+    assert (t.nfe.drop(['teacher', 'real']) == 5).all() and t.rmse['teacher'] == 0 and t.rmse.drop('real').notna().all()
+    assert t.reported_fid['dit-xl-2'] == 7.4 and t.reported_fid['unipc-3@optimized'] == 8.66 and t.reported_fid['dpm-solver++3m@log-snr'] == 38.04
+    text = stem.with_name(stem.name + '.md').read_text(); written = json.loads(stem.with_name(stem.name + '.json').read_text())
+    assert 'dpm-solver-3@log-snr: its 5 evaluations make 2 steps.' in text and 'teacher ddim-10' in text
+    assert written['teacher'] == 'ddim-10' and 'VPPath' in written['path'] and re.fullmatch('[0-9a-f]{64}', written['weights']['dit-tiny.safetensors'])
+
+def test_optimised_steps_do_not_depend_on_the_start_at_five(table_2):
+    "As in the paper's table 2, where the two -opt rows are equal at N = 5."
+    t = table_2[2]
+    assert np.isclose(t.rmse['unipc-3@optimized'], t.rmse['unipc-3@optimized-log-snr'], rtol=2e-2)
+
+@pytest.mark.parametrize('model, solver', [('dit-tiny', 'sit-xl-2'), ('sit-tiny', 'dit-xl-2')])
+def test_a_table_of_another_path_is_refused(model, solver):
+    with pytest.raises(ValueError, match=f'{solver}.*change_path'): Protocol(model, solvers=solver)
+
 def test_sweep(tmp_path):
     done = run(tmp_path, 'nbs/sweep.ipynb', models='fashion-mixture', steps='5', guidance='1', samples=20, seeds='0,1', teacher_steps=10)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ from neuralsolver.exponential import (GRIDS, ddim, deis, dpm_solver, dpm_solver_
                                       singlestep_orders, unipc)
 from neuralsolver.fields import GaussianMixture
 from neuralsolver.paths import DDPMPath, LinearPath, ShiftedPath, VPPath
-from neuralsolver.solvers import adams_bashforth, change_path, euler, runge_kutta, sample
+from neuralsolver.solvers import adams_bashforth, change_path, runge_kutta, sample
 from neuralsolver.spacings import SPACINGS, time_grid
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning:diffusers.*') # its algorithm_type='dpmsolver'
@@ -471,5 +471,5 @@ def test_errors_say_what_is_wrong(call, message):
 @pytest.mark.parametrize('method', [dpm_solver, dpm_solver_pp])
 def test_singlestep_to_a_clean_end_does_not_advise_what_is_given(method):
     "A last step of order 2 cannot reach sigma = 0; finish='low-order' is the default already."
-    with pytest.raises(ValueError, match='finite signal-to-noise') as error: method(6, 2, DDPM, singlestep=True, t_end=0.)
+    with pytest.raises(ValueError, match='cannot end at a clean state') as error: method(6, 2, DDPM, singlestep=True, t_end=0.)
     assert 'low-order' not in str(error.value)

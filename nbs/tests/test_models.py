@@ -4,60 +4,81 @@ import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from neuralsolver.fields import Field, GaussianMixture, guide
-from neuralsolver.models import SIZES, SiT, list_models, load_model, load_weights
+from neuralsolver.models import SIZES, DiT, SiT, list_models, load_model, load_weights
 from neuralsolver.neural import load_solver
 from neuralsolver.paths import LinearPath, VPPath
-from neuralsolver.solvers import euler, sample
+from neuralsolver.solvers import change_path, euler, sample
 from neuralsolver.utils import data_file, data_root, indexed_noise, sha256
 
 F64 = torch.float64
 
-# SiT against willisma/SiT
+# SiT against willisma/SiT, DiT against facebookresearch/DiT
 
-@pytest.fixture(scope='module')
-def golden():
+@pytest.fixture(scope='module', params=[(SiT, 'sit_small', 1e-5), (DiT, 'dit_small', 5e-5)], ids=['SiT', 'DiT'])
+def golden(request):
+    "The network with the official random weights, its tensors, and the agreement to expect (data/golden: float32 angles near t = 1000)."
     if not (data_root() / 'golden').is_dir(): pytest.skip('data/golden is not carried by the wheel')
-    path = data_root() / 'golden/sit_small.safetensors'
+    architecture, name, atol = request.param; path = data_root() / f'golden/{name}.safetensors'
     with safe_open(path, 'pt') as f: config = json.loads(f.metadata()['config'])
-    tensors = load_file(path); net = SiT(**config).eval()
+    tensors = load_file(path); net = architecture(**config).eval()
     net.load_state_dict({k.removeprefix('params/'): v for k, v in tensors.items() if k.startswith('params/')}, strict=True)
-    return net, tensors
+    return net, tensors, atol
 
 def close(a, b, atol=1e-5): torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 @torch.no_grad()
 def test_forward_and_every_intermediate_tensor(golden):
-    net, g = golden; found, hooks = {}, []
+    net, g, atol = golden; found, hooks = {}, []
     for name, module in net.named_modules():
         if f'inter/{name}' in g: hooks.append(module.register_forward_hook(lambda m, i, o, name=name: found.update({name: o})))
-    try: close(net(g['x'], g['t'], g['y']), g['forward'])
+    try: close(net(g['x'], g['t'], g['y']), g['forward'], atol)
     finally:
         for hook in hooks: hook.remove()
-    close(net.t_embedder.embedding(g['t']), g['inter/timestep_embedding'], 1e-6)
+    close(net.t_embedder.embedding(g['t']), g['inter/timestep_embedding'], atol)
     names = {k.removeprefix('inter/') for k in g if k.startswith('inter/')} - {'timestep_embedding'}
     assert set(found) == names and len(names) == 7
-    for name in names: close(found[name], g[f'inter/{name}'], 2e-5)
+    for name in names: close(found[name], g[f'inter/{name}'], 2 * atol)
 
 @torch.no_grad()
 def test_forward_with_cfg(golden):
-    "Their rule: real classes first, null class second, three of four channels guided, the fourth each half's own."
-    net, g = golden; scale, half = g['cfg/cfg_scale'].item(), g['cfg/x'][:6]
+    "Their rule: real classes first, null class second, three channels guided, every other channel each half's own."
+    net, g, atol = golden; scale, half = g['cfg/cfg_scale'].item(), g['cfg/x'][:6]
     assert scale == pytest.approx(1.375) and (g['cfg/y'][6:] == net.num_classes).all()
     cond, uncond = net(torch.cat([half, half]), g['cfg/t'], g['cfg/y']).chunk(2)
-    close(torch.cat([cond, uncond]), g['cfg/model_out'])
-    close(guide(cond, uncond, scale, channels=3), g['forward_with_cfg'][:6], 2e-5)
-    close(torch.cat([guide(cond, uncond, scale, channels=3)[:, :3], uncond[:, 3:]], 1), g['forward_with_cfg'][6:], 2e-5)
-    field = Field(net, guidance=scale, guided_channels=3) # one time for the whole batch, hence sample by sample
-    for i in range(6): close(field(half[i:i + 1], g['cfg/t'][i], g['cfg/y'][i:i + 1]), g['forward_with_cfg'][i:i + 1], 2e-5)
+    close(torch.cat([cond, uncond]), g['cfg/model_out'], atol)
+    close(guide(cond, uncond, scale, channels=3), g['forward_with_cfg'][:6], 2 * atol)
+    close(torch.cat([guide(cond, uncond, scale, channels=3)[:, :3], uncond[:, 3:]], 1), g['forward_with_cfg'][6:], 2 * atol)
+
+@torch.no_grad()
+def test_a_field_is_forward_with_cfg(golden):
+    "One time for the whole batch, hence sample by sample; the learned variance is dropped, and t is what the network is told."
+    net, g, atol = golden; scale = g['cfg/cfg_scale'].item()
+    field = Field(net, guidance=scale, guided_channels=3, network_time='t')
+    for i in range(6): close(field(g['cfg/x'][i:i + 1], g['cfg/t'][i], g['cfg/y'][i:i + 1]), g['forward_with_cfg'][i:i + 1, :4], 2 * atol)
+
+@torch.no_grad()
+def test_a_dit_is_told_1000_t_and_guided_on_three_channels_by_default():
+    torch.manual_seed(0); net = DiT(8, 4, 4, 32, 1, 2, num_classes=10).eval()
+    for p in net.parameters(): torch.nn.init.normal_(p, std=.2)
+    x, y, t = torch.randn(3, 4, 8, 8), torch.tensor([1, 4, 9]), torch.tensor(.7)
+    cond, uncond = net(x, torch.full((3,), 700.), y), net(x, torch.full((3,), 700.), torch.full((3,), 10))
+    epsilon = torch.cat([uncond[:, :3] + 1.5 * (cond - uncond)[:, :3], cond[:, 3:4]], 1) # the learned variance, channels 4 to 7, is dropped
+    field, path = Field(net, guidance=1.5), VPPath()
+    close(field(x, t, y), epsilon, 1e-5); close(field.on(path, 'data')(x, t, y), (x - path.sigma(t) * epsilon) / path.alpha(t), 1e-3)
+    low = Field(DiT(8, 4, 4, 32, 1, 2, num_classes=10).bfloat16(), network_time='1000t-1'); told = []
+    low.net.register_forward_pre_hook(lambda m, args: told.append(args[1])); low(x, torch.tensor(.7817), y)
+    assert told[0].dtype == torch.float32 and abs(told[0][0].item() - 780.7) < 1e-3 # 780.7 would be 780 in bfloat16
 
 def test_keys_are_strict(golden):
-    net, _ = golden; state = net.state_dict()
+    net, *_ = golden; state = net.state_dict()
     for broken in ({k: v for k, v in state.items() if k != 'pos_embed'}, state | {'ema': torch.zeros(1)}):
         with pytest.raises(RuntimeError, match='pos_embed|ema'): net.load_state_dict(broken, strict=True)
 
-def test_xl_2_has_the_official_keys_shapes_and_count(golden):
-    manifest = json.loads(data_file('golden/sit_xl_2_256.json').read_text())
-    with torch.device('meta'): net = SiT(**SIZES['XL'])
+@pytest.mark.parametrize('architecture, name, size', [(SiT, 'sit_xl_2_256', 32), (DiT, 'dit_xl_2_256', 32), (DiT, 'dit_xl_2_512', 64)])
+def test_xl_2_has_the_official_keys_shapes_and_count(architecture, name, size):
+    if not (data_root() / 'golden').is_dir(): pytest.skip('data/golden is not carried by the wheel')
+    manifest = json.loads(data_file(f'golden/{name}.json').read_text())
+    with torch.device('meta'): net = architecture(size, **SIZES['XL'])
     assert [(k, list(v.shape)) for k, v in net.state_dict().items()] == list(manifest['keys'].items()) # the order too
     assert sum(p.numel() for p in net.parameters()) == manifest['n_params']
     assert [k for k, p in net.named_parameters() if not p.requires_grad] == manifest['not_learnable']
@@ -143,14 +164,21 @@ def test_a_network_keeps_its_dtype_and_the_caller_his():
     low = Field(load_model('sit-tiny').bfloat16())
     assert (sample(low, x, euler(2), torch.tensor([0, 1])) - result).square().mean().sqrt() < .05
 
+@pytest.mark.parametrize('name, solver', [('sit-tiny', 'sit-xl-2'), ('dit-tiny', 'dit-xl-2')])
 @torch.inference_mode()
-def test_sit_tiny_is_trained():
-    "Without any metric: it turns noise into images that its own exact counterpart, the mixture of real images, finds likely."
-    net, mixture = load_model('sit-tiny'), load_model('fashion-mixture'); labels = torch.arange(20) % 10
+def test_the_tiny_models_are_trained(name, solver):
+    "Without any metric: they turn noise into images that their own exact counterpart, the mixture of real images, finds likely."
+    net, mixture = load_model(name), load_model('fashion-mixture'); labels = torch.arange(20) % 10
     assert not net.training and not any(p.requires_grad for p in net.parameters())
-    images = sample(Field(net, guidance=1.5), indexed_noise(range(20), net.sample_shape), load_solver('sit-xl-2', 8), labels)
+    images = sample(Field(net, guidance=1.5), indexed_noise(range(20), net.sample_shape), load_solver(solver, 8), labels)
     nearest = torch.cdist(images.flatten(1), mixture.centers).argmin(1)
     assert (mixture.labels[nearest] == labels).float().mean() >= .7 # 0.1 by chance
+
+@torch.inference_mode()
+def test_a_solver_of_another_path_is_refused():
+    field, x, y = Field(load_model('dit-tiny')), indexed_noise(range(2), (1, 28, 28)), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match='change_path'): sample(field, x, euler(4), y)
+    assert sample(field, x, change_path(euler(4), VPPath()), y).isfinite().all()
 
 @torch.inference_mode()
 def test_fashion_mixture_works_without_labels_and_lands_on_images():
@@ -160,7 +188,7 @@ def test_fashion_mixture_works_without_labels_and_lands_on_images():
     assert (distance < 2 * net.std * 28).all() and (torch.cdist(x.flatten(1), net.centers).min(1).values > 4 * net.std * 28).all()
 
 def test_errors_about_models(tmp_path):
-    with pytest.raises(ValueError, match="model='sit'.*fashion-mixture, sit-tiny"): load_model('sit')
+    with pytest.raises(ValueError, match="model='sit'.*fashion-mixture, dit-tiny, sit-tiny"): load_model('sit')
     with pytest.raises(ValueError, match='num_heads=5'): SiT(8, 2, 1, 32, 1, 5)
     assert list_models()[0] == 'fashion-mixture' and 'fashion_classifier' not in list_models()
 

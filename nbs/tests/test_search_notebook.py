@@ -63,7 +63,7 @@ def test_benchmark_writes_its_files(tmp_path):
     assert protocol['nfe'] == {'euler': 2, 'rk4': 8} and protocol['hardware']
     assert protocol['versions']['torch'] == torch.__version__
     assert (tmp_path / 'benchmark.png').stat().st_size > 1000
-    bad = ((dict(solvers='dit-xl-2', steps=8), 'velocity'), (dict(repeats=2), 'repeats=2'), (dict(guidance=1), 'guidance=1'))
+    bad = ((dict(solvers='dit-xl-2', steps=8), 'belongs to VPPath'), (dict(repeats=2), 'repeats=2'), (dict(guidance=1), 'guidance=1'))
     for change, message in bad:
         with pytest.raises(ValueError, match=message): in_process('benchmark', reports_dir=str(tmp_path / 'bad'), **change)
     assert not (tmp_path / 'bad').exists()

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
 from neuralsolver.data import fashion_mnist
 from neuralsolver.fields import Field, GaussianMixture
-from neuralsolver.models import SIZES, SiT, load_card, load_weights
+from neuralsolver.models import ARCHITECTURES, SIZES, DiT, SiT, load_card, load_weights
 from neuralsolver.paths import PREDICTIONS, LinearPath, VPPath
 from neuralsolver.solvers import adam2, sample
 from neuralsolver.training import regression_loss, regression_target, train
@@ -58,6 +58,15 @@ def test_the_exact_field_minimises_the_loss(prediction):
     exact = loss(field)
     for change in (lambda v, t: v * .9, lambda v, t: v * 1.1, lambda v, t: v + .2, lambda v, t: v * (.8 + .4 * t[:, None])):
         assert loss(lambda x, t, y: change(field(x, t, y), t)) > exact
+
+def test_a_network_is_told_its_own_time(garments):
+    "A DiT is trained on its own path, told 1000 t of a time that the path has; its target is the noise."
+    torch.manual_seed(0); net = DiT(8, 4, 1, hidden_size=32, depth=1, num_heads=2, num_classes=10, learn_sigma=False); told = []
+    net.register_forward_pre_hook(lambda m, args: told.append(args[1]))
+    data, noise = torch.randn(64, 1, 8, 8), torch.randn(64, 1, 8, 8); t = torch.linspace(0, 1, 64)
+    loss = regression_loss(net, net.path, net.prediction, data, noise, t, torch.zeros(64, dtype=torch.long))
+    assert torch.equal(told[0], 1000 * t.clamp(1e-3, 1)) and torch.isclose(loss, noise.square().mean()) # zero-initialised: it predicts 0
+    a = train(net, *garments, **SHORT); assert a.finished and len(told) > 1 and a.losses[0] > .8
 
 def test_training_learns_which_image_belongs_to_which_class():
     "Two classes of one image each: the loss falls, and a sample of a class is its image."
@@ -138,16 +147,17 @@ def test_notebook_in_two_runs_makes_the_weights_of_the_function(tmp_path, small_
     told = settings | dict(model='toy', patch_size=14, label_dropout=.2)
     assert card['samples'] == 192 and all(f'-p {k} {v} ' in card['command'] for k, v in told.items())
 
-def test_the_committed_card_names_the_notebooks_parameters():
-    "sit-tiny's command is the notebook's defaults, its weights are a tiny SiT's, and its hash is theirs (load_weights checks it)."
+@pytest.mark.parametrize('name, changed', [('sit-tiny', {}), ('dit-tiny', dict(model='dit-tiny', architecture='DiT', samples=1280000))])
+def test_the_committed_cards_name_the_notebooks_parameters(name, changed):
+    "The command is the notebook's defaults but for what the notebook says, the weights are a tiny network's, and the hash is theirs."
     cells = json.loads((Path(__file__).resolve().parent.parent / 'train.ipynb').read_text(encoding='utf-8'))['cells']
-    defaults, card = {}, load_card(data_file('sit-tiny.json'))
+    defaults, card = {}, load_card(data_file(f'{name}.json'))
     exec(''.join(next(c['source'] for c in cells if 'parameters' in c['metadata'].get('tags', []))), defaults)
     words = card['command'].split()
     given = dict(zip(words[3::3], words[4::3]))
     assert words[:2] == ['papermill', 'nbs/train.ipynb'] and set(words[2::3]) == {'-p'}
-    assert all(str(defaults[k]) == v for k, v in given.items())
+    assert all(str((defaults | changed)[k]) == v for k, v in given.items()) and all(f'-p {k} {v}' in card['command'] for k, v in changed.items())
     assert {'model', 'size', 'patch_size', 'samples', 'batch_size', 'lr', 'warmup', 'ema_decay', 'label_dropout', 'seed'} <= set(given)
-    assert card['samples'] == defaults['samples'] and load_weights(data_file('sit-tiny.safetensors')).config == card['config']
-    assert set(load_file(data_file('sit-tiny.safetensors'))) == set(SiT(**card['config']).state_dict())
-    assert f'## sit-tiny.safetensors\n\n`{card["sha256"]}`' in data_file('README.md').read_text(encoding='utf-8')
+    assert card['samples'] == (defaults | changed)['samples'] and load_weights(data_file(f'{name}.safetensors')).config == card['config']
+    assert set(load_file(data_file(f'{name}.safetensors'))) == set(ARCHITECTURES[card['architecture']](**card['config']).state_dict())
+    assert f'## {name}.safetensors\n\n`{card["sha256"]}`' in data_file('README.md').read_text(encoding='utf-8')
