@@ -50,15 +50,28 @@ class NeuralSolver(nn.Module):
     def __init__(
         self,
         steps: int, # number of steps N >= 1 = evaluations
-        two_step_tail: bool | None = None, # last two rows use two evaluations only; None = the paper's rule, N <= 6
+        two_step_tail: bool | None = None, # last two rows use two evaluations only; None = the paper's rule, N <= 6 (not with `init`)
+        init: Solver | None = None, # solver to start from, one evaluation a step; None = Euler on uniform times
     ):
         super().__init__()
         self.steps = check_int('steps', steps)
-        tail = steps <= 6 if two_step_tail is None else two_step_tail
+        tail = steps <= 6 and init is None if two_step_tail is None else two_step_tail
         free = [(i, j) for i in range(steps) for j in range(i) if not tail or i < steps - 2 or j == i - 1]
         self.rows, self.columns = [i for i, _ in free], [j for _, j in free]
         self.r = nn.Parameter(torch.ones(steps, dtype=torch.float64))
         self.c = nn.Parameter(torch.zeros(len(free), dtype=torch.float64))
+        if init is not None: self._start_from(init)
+
+    @torch.no_grad()
+    def _start_from(self, init: Solver):
+        "The parameters that stand for another solver of this family."
+        deltas = init.nodes.diff().abs()
+        if init.nfe != self.steps or not (deltas > 0).all(): raise ValueError(f'init={init.name!r} has {init.nfe} evaluations; give a solver with {self.steps}, one a step.')
+        deltas[-1] += 1 - deltas.sum() # times are fractions of a range of 1; what lies beyond the end of the path is clamped
+        if not deltas[-1] > 0: raise ValueError(f'init={init.name!r} spans more than a time range of 1.')
+        M = init.weights / init.span[:, None]; kept = torch.zeros_like(M); kept[self.rows, self.columns] = M[self.rows, self.columns]
+        if not torch.allclose(kept, M.tril(-1)): raise ValueError(f'init={init.name!r} uses more than two evaluations in its last steps: give two_step_tail=False.')
+        self.r.copy_(deltas.log()); self.c.copy_(M[self.rows, self.columns])
 
     @property
     def timedeltas(self) -> Tensor: "softmax(r) [N]."; return self.r.softmax(0)
@@ -78,7 +91,7 @@ def error_bound(
     solver: Solver, # velocity coordinates
 ) -> tuple[float, float]: # (constant of Theorem 4.4, sharp constant)
     "How much an error eta in every evaluation can move the result, in units of eta: sum |W_ij| (Thm 4.4), and the l1 norm of the last tableau row."
-    return solver.weights.abs().sum().item(), solver.tableau[-1].abs().sum().item()
+    return solver.weights.abs().sum().item(), solver.influence.abs().sum().item()
 
 # %% ../nbs/06_neural.ipynb #e2a0ec63
 @cache

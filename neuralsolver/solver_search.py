@@ -91,6 +91,7 @@ def search(
     tolerance: float = 0.01, # relative improvement of the held-out RMSE that counts
     checkpoint: str | os.PathLike | None = None, # file to resume from and to save to at every evaluation
     path: Path | None = None, # where to search; None = `field.path`, or LinearPath()
+    init: Solver | None = None, # solver to start from (one evaluation a step, on this path, in its coordinates); None = Euler, as in the paper
     name: str = 'searched', # name of the solver
     provenance: dict | None = None, # added to the solver's provenance
     progress: bool = True, # tqdm progress bar
@@ -105,7 +106,10 @@ def search(
     path = path or getattr(field, 'path', LinearPath())
     if isinstance(teacher, int): teacher = teacher_trajectories(field, noise, cond, check_int('teacher', teacher), path, progress=progress)
     if teacher.shape[1:] != noise.shape: raise ValueError(f'teacher {list(teacher.shape)} does not fit noise {list(noise.shape)}: [L + 1, M, ...] is needed.')
-    run = _Run(field, NeuralSolver(steps), path, noise, cond, teacher, train, batch_size, lr, seed, eval_every)
+    coordinates = 'velocity' if path == LinearPath() else 'data'
+    if init is not None and (init.path, init.coordinates) != (path, coordinates):
+        raise ValueError(f'init={init.name!r} is in {init.coordinates} coordinates on {init.path}: {coordinates} coordinates on {path} are needed.')
+    run = _Run(field, NeuralSolver(steps, init=init), path, noise, cond, teacher, train, batch_size, lr, seed, eval_every)
     run.load(checkpoint)
     bar = tqdm(total=iterations, initial=run.iteration, desc=f'search {steps} steps', disable=not progress, mininterval=1)
     while True:
@@ -114,7 +118,7 @@ def search(
         if converged or run.iteration >= iterations: break
         run.step(); bar.update(); bar.set_postfix(heldout=run.best[0], refresh=False)
     bar.close()
-    found = dict(method='arXiv 2505.21114, Alg. 2', teacher=f'{run.teacher_name}-{len(teacher) - 1}', lr=lr, batch_size=batch_size, seed=seed, iterations=run.iteration,
+    found = dict(method='arXiv 2505.21114, Alg. 2', init='euler' if init is None else f'{init.name} ({init.digest})', teacher=f'{run.teacher_name}-{len(teacher) - 1}', lr=lr, batch_size=batch_size, seed=seed, iterations=run.iteration,
                  unique_samples=train, heldout_samples=len(noise) - train, heldout_rmse=run.best[0], best_iteration=run.best[1])
     with torch.no_grad(): solver = run.solver(run.best[2], name=name, provenance=found | (provenance or {}))
     return SearchResult(solver, run.history, run.iteration, converged)
@@ -129,7 +133,7 @@ class _Run:
         self.train, self.batch_size, self.seed = train, batch_size, seed
         self.optimizer = Lion(module.parameters(), lr=lr, weight_decay=0.)
         self.iteration, self.best, self.history = 0, (float('inf'), 0, None), dict(loss=[], iteration=[], heldout_rmse=[])
-        self.settings = repr((module.steps, path, tuple(noise.shape), len(teacher), train, batch_size, lr, seed, eval_every, noise.double().sum().item(), teacher[-1].double().sum().item()))
+        self.settings = repr((module().digest, path, tuple(noise.shape), len(teacher), train, batch_size, lr, seed, eval_every, noise.double().sum().item(), teacher[-1].double().sum().item()))
 
     def solver(self, parameters=None, **kwargs) -> Solver:
         kwargs = self.form | kwargs
