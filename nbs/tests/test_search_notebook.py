@@ -3,6 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 import matplotlib, pandas as pd, pytest, torch
 from neuralsolver.neural import load_solver
+from neuralsolver.solvers import adam2, euler
 
 NBS = Path(__file__).resolve().parent.parent
 SMALL = dict(model='fashion-mixture', steps=3, iterations=6, batch_size=4, teacher_steps=10, samples=12, heldout=4)
@@ -39,6 +40,13 @@ def test_search_writes_its_files_and_resumes(tmp_path):
     assert torch.load(out / 'fashion-mixture-3_s0.ckpt', weights_only=True)['iteration'] == 6
     assert not [p for p in out.iterdir() if p.name.startswith('.')] # no temporary file stays behind
 
+def test_a_search_may_start_from_a_classical_solver(tmp_path):
+    in_process('search', reports_dir=str(tmp_path), **SMALL | dict(init='adam2', iterations=1))
+    found = load_solver(tmp_path / 'search' / 'fashion-mixture-3.json'); start = adam2(3)
+    assert found.provenance['init'] == f'adam2 ({start.digest})' and found.provenance['command'].endswith('-p init adam2')
+    assert (found.weights - start.weights).abs().max() < .05 # one step of Lion away at most, not at Euler
+    assert (found.weights - euler(3).weights).abs().max() > .1
+
 def test_a_bad_value_ends_papermill_with_an_error(tmp_path):
     run = papermill('search', tmp_path, reports_dir=tmp_path, **SMALL | {'steps': 0})
     assert run.returncode != 0 and 'ValueError: steps=0 is not allowed: give integers >= 1' in run.stderr
@@ -48,6 +56,7 @@ def test_a_bad_value_ends_papermill_with_an_error(tmp_path):
     (dict(steps=2.5), 'steps=2.5 is not allowed: give integers >= 1'), (dict(steps='8,8'), 'distinct'),
     (dict(steps='8;9'), 'steps=.8;9. is not allowed'),
     (dict(model='sit-xxl'), "model='sit-xxl' is not known. Allowed: fashion-mixture"), (dict(iterations=0), 'iterations=0'),
+    (dict(init='unipc-2'), "solver='unipc-2' is not known. Allowed: euler"), (dict(init='heun'), 'one a step'),
     (dict(batch_size=13), 'batch_size=13'), (dict(seed=-1), 'seed=-1'), (dict(heldout=0), 'heldout=0'), (dict(lr=-.01), 'lr=-0.01')])
 def test_search_refuses_bad_values_before_it_writes(tmp_path, change, message):
     with pytest.raises(ValueError, match=message): in_process('search', reports_dir=str(tmp_path), **SMALL | change)
