@@ -27,11 +27,11 @@ from .solvers import Solver, sample
 from .utils import atomic_path, check_choice, check_float, check_int, data_file, data_root, indexed_noise, sha256, split_names, write_json, write_text
 
 # %% ../nbs/12_evaluate.ipynb #db4591c0
-GRIDS_OF_TABLE_2 = ('log-snr', 'time', 'optimized-log-snr', 'optimized') # uniform-λ, uniform-t, uniform-λ-opt, uniform-t-opt
+GRIDS_OF_TABLE_2 = {'log-snr': 'uniform-λ', 'time': 'uniform-t', 'optimized-log-snr': None, 'optimized': 'uniform-t-opt'} # ours: the paper's; its uniform-λ-opt is a worse minimum, see 05_exponential
 DEFAULT_SOLVERS = { # rows of the table, by the path of the model; the table searched on the model itself is added
     'linear': ('euler', 'adam2', 'adam4', 'ipndm', 'heun-nfe', 'heun', 'flowdcn-b-2', 'sit-xl-2'),
     'vp': ('ddim', 'dpm-solver-2@log-snr', 'dpm-solver-3@log-snr', 'dpm-solver++2s@log-snr', 'dpm-solver++2m', *(f'dpm-solver++3m@{g}' for g in GRIDS_OF_TABLE_2),
-           'unipc-2', *(f'unipc-3@{g}' for g in GRIDS_OF_TABLE_2), 'deis-3', 'ipndm', 'ipndm-v', 'dit-xl-2'),
+           'unipc-2', 'unipc-2@quadratic', *(f'unipc-3@{g}' for g in GRIDS_OF_TABLE_2), 'deis-3', 'ipndm', 'ipndm-v', 'dit-xl-2'),
 }
 KID_PR_REAL = 1000 # real images behind KID, precision and recall (class-balanced)
 
@@ -165,7 +165,7 @@ def summary(p: Protocol, name: str, solver: Solver | None, seeds: list[dict]) ->
 REPORTED = { # path: (the paper's model, {our name: the paper's})
     'linear': ('SiT-XL/2-R256', {'adam2': 'Adam2', 'adam4': 'Adam4', 'heun': 'Heun', 'flowdcn-b-2': 'Searched', 'sit-xl-2': 'Searched on SiT-XL/2'}),
     'vp': ('DiT-XL/2-R256', {'dit-xl-2': 'Searched-Solver', **{f'{ours}@{g}': f'{theirs} {label}' for ours, theirs in (('dpm-solver++3m', 'DPM-Solver++'), ('unipc-3', 'UniPC'))
-                             for g, label in zip(GRIDS_OF_TABLE_2, ('uniform-λ', 'uniform-t', 'uniform-λ-opt', 'uniform-t-opt'))}}),
+                             for g, label in GRIDS_OF_TABLE_2.items() if label}}),
 }
 REPORTED_PROTOCOL = {'linear': 'SiT-XL/2, 256 x 256, 50,000 images, guidance 1.375',
                      'vp': 'DiT-XL/2, 256 x 256, 50,000 images, guidance 1.5 on three channels; the orders of DPM-Solver++ and UniPC are not stated there, their numbers stand beside order 3'}
@@ -191,7 +191,7 @@ def write_reports(
     weights = 'fashion_mixture.npz' if p.model == 'fashion-mixture' else f'{p.model}.safetensors'
     write_json(f'{stem}.json', dict(
         protocol=asdict(p), counts=p.counts, labels='balanced: class = index mod 10', noise='Philox, one generator per (seed, index)', dtype='float32',
-        guided_channels='all', vae='none', path=repr(p.path), teacher=f'{teacher_solver(1, p.path).name}-{p.teacher_steps}', weights={weights: sha256(data_root() / weights)}, solvers={n: dict(digest=s.digest, params=s.params) for n, s in solvers.items()},
+        guided_channels=Field(load_model(p.model)).guided_channels or 'all', vae='none', path=repr(p.path), teacher=f'{teacher_solver(1, p.path).name}-{p.teacher_steps}', weights={weights: sha256(data_root() / weights)}, solvers={n: dict(digest=s.digest, params=s.params) for n, s in solvers.items()},
         left_out=left_out, notes=p.notes(), metrics=metrics_protocol() | dict(n_real_kid_pr=KID_PR_REAL), reported_fid=f'arXiv 2505.21114: {REPORTED_PROTOCOL[p.family]}',
         versions={m.__name__: m.__version__ for m in (torch, np, pd)} | dict(python=platform.python_version()),
         hardware=f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads' if p.device == 'cpu' else torch.cuda.get_device_name(p.device)))

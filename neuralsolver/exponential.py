@@ -32,7 +32,8 @@ class _Kappa:
         "The numbers of a step from a to b that uses several evaluations."
         k, (ka, kb) = self(times), self([a, b]); h = kb - ka
         if not (np.isfinite(k).all() and np.isfinite(h)):
-            raise ValueError(f'order {len(times)} from t = {a:g} to {b:g} needs finite signal-to-noise ratios: give t_start and t_end inside {self.path}, or finish=\'low-order\'.')
+            advice = f'give t_end inside {self.path}, or finish=\'low-order\'' if not np.isfinite(kb) else f'give t_start inside {self.path}'
+            raise ValueError(f'order {len(times)} from t = {a:g} to {b:g} needs finite signal-to-noise ratios: {advice}.')
         span = self.span(a, b)
         return h, (k - ka) / h, span, -span / np.expm1(-h)
 
@@ -93,7 +94,9 @@ def _optimized(steps: int, first: float, last: float, inner: tuple, order: int, 
     objective = lambda inner: np.log(error_growth(np.array([first, *inner, last]), order))
     with warnings.catch_warnings(action='ignore'): # trust-constr warns where the objective is flat
         found = minimize(objective, inner, method=method, constraints=[LinearConstraint(differences, low, np.inf)], options=dict(maxiter=500))
-    return tuple(found.x) if (differences @ found.x >= low - 1e-6).all() and found.fun < objective(inner) else inner
+    if (differences @ found.x >= low - 1e-6).all() and found.fun < objective(inner): return tuple(found.x)
+    warnings.warn(f'{method} found no better time steps than its start for {steps} steps: the start is returned.')
+    return inner
 
 def optimized_nodes(
     steps: int, # number of steps N
@@ -122,7 +125,7 @@ def _grid(steps: int, path: Path, spacing: str | Tensor, t_start: float | None, 
 def ddim(
     steps: int, # number of steps N
     path: Path = VPPath(), # where the times live
-    spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
+    spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes, for example time_grid(N, path, 'shifted', shift=6)
     t_start: float | None = None, # first time; None = the path's noise
     t_end: float | None = None, # last time; None = the path's t_end
 ) -> Solver:
@@ -151,25 +154,29 @@ def ipndm(
     order: int = 4, # evaluations per step, 1 to 4
     path: Path = LinearPath(), # linear: velocity coordinates; any other: noise coordinates
     spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
+    start: str = 'low-order', # 'low-order', or 'rk4': see `multistep`
+    finish: str = 'full', # 'full' as published, or 'low-order'
     t_start: float | None = None, # first time; None = the path's noise
     t_end: float | None = None, # last time; None = the path's t_end
 ) -> Solver:
-    "Improved PNDM (arXiv 2204.13902): the constants of the uniform Adams-Bashforth rule on any grid, orders 1, 2, ... at the start; NFE = steps."
+    "Improved PNDM (arXiv 2204.13902): the constants of the uniform Adams-Bashforth rule on any grid; NFE = steps."
     form = COORDINATES[_home(path)]
     def constants(times, a, b): return form.span(path, *torch.tensor([a, b], dtype=torch.float64)).item() * lagrange_weights(np.arange(1 - len(times), 1), 0, 1)
-    return multistep(_grid(steps, path, spacing, t_start, t_end), order, constants, 'ipndm', coordinates=_home(path), path=path)
+    return multistep(_grid(steps, path, spacing, t_start, t_end), order, constants, 'ipndm', start, finish, _home(path), path)
 
 def ipndm_v(
     steps: int, # number of steps N
     order: int = 4, # evaluations per step, 1 to 4
     path: Path = LinearPath(), # linear: velocity coordinates, Adams-Bashforth itself; any other: noise coordinates
     spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
+    start: str = 'low-order', # 'low-order', or 'rk4': see `multistep`
+    finish: str = 'full', # 'full' as published, or 'low-order'
     t_start: float | None = None, # first time; None = the path's noise
     t_end: float | None = None, # last time; None = the path's t_end
 ) -> Solver:
     "iPNDM with variable-step weights, Adams-Bashforth in s (arXiv 2204.13902, rho-AB); NFE = steps."
     rule = lagrange_weights if _home(path) == 'velocity' else polynomial_rule('noise', path, 's')
-    return multistep(_grid(steps, path, spacing, t_start, t_end), order, rule, 'ipndm-v', coordinates=_home(path), path=path)
+    return multistep(_grid(steps, path, spacing, t_start, t_end), order, rule, 'ipndm-v', start, finish, _home(path), path)
 
 # %% ../nbs/05_exponential.ipynb #02ca3825
 def dpm_rule(coordinates: str, path: Path) -> Callable:
@@ -189,7 +196,7 @@ def dpm_rule(coordinates: str, path: Path) -> Callable:
 def _dpm(name, coordinates, steps, order, path, spacing, singlestep, exact, start, finish, t_start, t_end) -> Solver:
     check_int('order', order, 1, 3)
     if singlestep:
-        if exact or start != 'low-order': raise ValueError('exact and start belong to the multistep methods: leave them out with singlestep=True.')
+        if exact or start != 'low-order': raise ValueError('exact and start belong to the multistep methods: leave them out, or give singlestep=False.')
         orders = singlestep_orders(steps, order, finish)
         return _singlestep(_grid(steps, path, spacing, t_start, t_end), orders, f'{name}-{order}s', coordinates, path)
     rule = polynomial_rule(coordinates, path, 'log-snr') if exact else dpm_rule(coordinates, path)

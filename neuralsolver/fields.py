@@ -10,7 +10,7 @@ import copy, math
 from typing import Callable
 import torch
 from torch import nn, Tensor
-from .paths import LinearPath, NETWORK_TIMES, Path, PREDICTIONS, per_sample
+from .paths import LinearPath, NETWORK_TIMES, Path, PREDICTIONS, per_sample, ShiftedPath
 from .utils import check_choice, check_float, check_int
 
 # %% ../nbs/02_fields.ipynb #f3afea56
@@ -30,7 +30,7 @@ class Field:
     def __init__(
         self,
         net: Callable, # network `net(x [B, C, ...], t [B], y [B]) -> [B, C, ...]`; channels after the first C (a learned variance) are dropped
-        path: Path | None = None, # the path to sample along; None = `net.path`, or LinearPath()
+        path: Path | None = None, # the path to sample along; None = `net.path`, or LinearPath(). With DDPMPath give network_time='1000t-1'
         prediction: str | None = None, # what the network predicts, one of PREDICTIONS; None = `net.prediction`, or 'velocity'
         target: str | None = None, # what a call returns; None = `prediction`
         guidance: float = 1.0, # guidance scale w; 1 = none
@@ -42,6 +42,8 @@ class Field:
         self.prediction = check_choice('prediction', prediction or getattr(net, 'prediction', 'velocity'), PREDICTIONS)
         self.target = check_choice('target', target or self.prediction, PREDICTIONS)
         self.network_time = check_choice('network_time', network_time or getattr(net, 'network_time', 't'), NETWORK_TIMES)
+        if isinstance(self.path, ShiftedPath) and (self.prediction == 'velocity' or self.network_time == 't'):
+            raise ValueError(f"on {self.path} a rectified-flow network needs prediction='flow' and network_time='alpha'.")
         self.guidance = check_float('guidance', guidance, low=0)
         guided_channels = getattr(net, 'guided_channels', None) if guided_channels is None else guided_channels
         self.guided_channels = None if guided_channels is None else check_int('guided_channels', guided_channels)

@@ -46,7 +46,7 @@ class Path(ABC):
     @abstractmethod
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor: "The inverse of `log_snr`."
 
-    def log_snr(self, t: Tensor) -> Tensor: "log(alpha / sigma): rises from noise to data, whatever the direction of t."; return self.alpha(t).log() - self.sigma(t).log()
+    def log_snr(self, t: Tensor) -> Tensor: "log(alpha / sigma), half of log(alpha^2 / sigma^2): rises from noise to data, whatever the direction of t."; return self.alpha(t).log() - self.sigma(t).log()
     def clamp(self, t: Tensor) -> Tensor: "The nearest time at which the path is defined."; return t
     @property
     def t_end(self) -> float: "Where sampling ends by default; t_data unless the path stops short of it."; return self.t_data
@@ -209,5 +209,5 @@ NETWORK_TIMES = { # rule: (path, t) -> what the network is told
     't': lambda path, t: t, # the path's time (SiT, FlowDCN)
     'alpha': lambda path, t: path.alpha(t), # a rectified-flow network, whatever the shift of the path
     '1000t': lambda path, t: 1000 * t, # as the paper's code does for DiT
-    '1000t-1': lambda path, t: 1000 * t - 1, # DPM-Solver's convention: exact on the knots of a 1000-step table
+    '1000t-1': lambda path, t: 1000 * t - 1, # DPM-Solver's convention: exact on the knots of a table of 1000 steps, and of no other
 }

@@ -144,7 +144,7 @@ def plot(
 
 # %% ../nbs/03_solvers.ipynb #9fecb96a
 def sample(
-    field: Callable, # field(x [B, ...], t 0-d) -> the prediction that the solver's coordinates name, shaped like x; a `Field` is asked for it
+    field: Callable, # field(x [B, ...], t 0-d) -> the prediction that the solver's coordinates name, shaped like x; a `Field` is asked for it, so pass it bare
     noise: Tensor, # initial state [B, ...], floating point
     solver: Solver, # any solver
     cond: Tensor | None = None, # labels or other conditions; if given, the field is called as field(x, t, cond)
@@ -362,7 +362,8 @@ def change_path(
     nodes = solver.path.log_snr(solver.nodes)
     ends = path.log_snr(torch.tensor([path.t_noise, path.t_end], dtype=torch.float64))
     nodes = path.time_of_log_snr(nodes.clamp(*ends))
-    if not all(((nodes[1:] - nodes[:-1]) * (path.t_data - path.t_noise) > 0).tolist()) and (solver.nodes.diff() != 0).all():
+    forward = nodes.diff() * (path.t_data - path.t_noise) > 0
+    if not (forward | (solver.nodes.diff() == 0)).all():
         raise ValueError(f'{solver.name} has several nodes beyond the ends of {path}: give a path that reaches further.')
     form, still = COORDINATES[coordinates], solver.nodes.diff() == 0 # stages at one time: their rows sum to 0, and only the unit changes
     new, old = (form.span(p, n[:-1], n[1:]) for p, n in ((path, nodes), (solver.path, solver.nodes)))
