@@ -51,7 +51,7 @@ def ranking(
         if metric == 'fd':
             for (_, row), style in zip(floors.iterrows(), ('--', ':')): ax.axvline(row.fd, c='.4', lw=1, ls=style, label=row.solver)
         ax.set(xscale='log', xlabel=label); ax.grid(axis='y', lw=.3)
-    axes[0].set(yticks=y, yticklabels=table.solver); axes[0].invert_yaxis(); axes[0].tick_params(labelsize=8); axes[1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1.01, 1), loc='upper left')
+    axes[0].set(yticks=y, yticklabels=table.solver); axes[0].invert_yaxis(); [ax.tick_params(labelsize=8) for ax in axes]; axes[1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1.01, 1), loc='upper left')
     fig.suptitle(f'{table.model.iloc[0]}, {table.nfe.iloc[0]:.0f} evaluations', fontsize=10); fig.tight_layout()
     return fig
 
