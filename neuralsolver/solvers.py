@@ -359,7 +359,8 @@ def change_path(
     coordinates = 'flow' if solver.coordinates == 'velocity' and solver.path == LinearPath() else solver.coordinates
     if coordinates == 'velocity':
         raise ValueError(f'velocity on {solver.path} depends on its clock and has no meaning on {path}: use a solver in data, noise or flow coordinates.')
-    nodes = solver.path.log_snr(solver.nodes)
+    own = solver.nodes.clamp(*sorted((solver.path.t_noise, solver.path.t_data))) # published time deltas sum to 1 up to rounding
+    nodes = solver.path.log_snr(own)
     ends = path.log_snr(torch.tensor([path.t_noise, path.t_end], dtype=torch.float64))
     nodes = path.time_of_log_snr(nodes.clamp(*ends))
     forward = nodes.diff() * (path.t_data - path.t_noise) > 0
