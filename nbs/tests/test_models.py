@@ -5,8 +5,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from neuralsolver.fields import Field, GaussianMixture, guide
 from neuralsolver.models import SIZES, DiT, SiT, list_models, load_model, load_weights
-from neuralsolver.neural import load_solver
+from neuralsolver.neural import get_solver, load_solver
 from neuralsolver.paths import LinearPath, VPPath
+from neuralsolver.solver_search import teacher_solver
 from neuralsolver.solvers import change_path, euler, sample
 from neuralsolver.utils import data_file, data_root, indexed_noise, sha256
 
@@ -173,6 +174,16 @@ def test_the_tiny_models_are_trained(name, solver):
     images = sample(Field(net, guidance=2.), indexed_noise(range(60), net.sample_shape), load_solver(solver, 8), labels)
     nearest = torch.cdist(images.flatten(1), mixture.centers).argmin(1)
     assert (mixture.labels[nearest] == labels).float().mean() >= .7 # 0.1 by chance
+
+@pytest.mark.parametrize('n', [5, 6, 7, 8, 9, 10])
+@torch.inference_mode()
+def test_searched_on_dit_tiny_beats_classical_solvers_with_their_best_grid(n):
+    "End-point RMSE to DDIM-100 without guidance, at most 0.75 of the strongest classical rows of reports/sweep.csv, on noise of no other run."
+    field, x, y = Field(load_model('dit-tiny')), indexed_noise(range(20), (1, 28, 28), 777), torch.arange(20) % 10
+    end = sample(field, x, teacher_solver(100, VPPath()), y)
+    rmse = lambda solver: (sample(field, x, solver, y) - end).square().mean().sqrt().item()
+    classical = ('unipc-2@quadratic', 'unipc-2', 'unipc-3@quadratic', 'unipc-2@optimized', 'dpm-solver++2m@quadratic')
+    assert rmse(load_solver('dit-tiny', n)) <= .75 * min(rmse(get_solver(name, n, VPPath())) for name in classical)
 
 @torch.inference_mode()
 def test_a_solver_of_another_path_is_refused():
