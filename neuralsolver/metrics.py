@@ -17,19 +17,12 @@ from safetensors.torch import load_file
 from torch import nn, Tensor
 from torch.utils.data import Dataset
 from .data import to_float
-from .utils import check_choice, check_int, data_file
+from .utils import check_choice, check_int, data_file, import_torchvision
 
 # %% ../nbs/11_metrics.ipynb #5066f6eb
-_schemas = None # must stay alive: a torch.library.Library takes its schemas with it
-
 def import_torch_fidelity():
     "The module torch_fidelity, also where torchvision's compiled operators do not load."
-    global _schemas
-    try: import torchvision
-    except RuntimeError as error:
-        if 'torchvision::nms does not exist' not in str(error): raise
-        _schemas = _schemas or torch.library.Library('torchvision', 'DEF')
-        for op in ('nms', 'qnms'): _schemas.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+    import_torchvision()
     import torch_fidelity
     return torch_fidelity
 

@@ -138,10 +138,11 @@ def load_solver(
     return _load_published(name, steps, rounded) if name in _published() else load_solver(str(_searched()[name][steps]), steps)
 
 # %% ../nbs/06_neural.ipynb #08cce86f
-CLASSICAL = { # on the linear path: name: steps -> Solver
-    'euler': euler, 'midpoint': midpoint, 'heun': heun, 'rk4': rk4, 'adam2': adam2, 'adam4': adam4, 'ipndm': ipndm,
-    **{f'ab{p}': (lambda steps, p=p: adams_bashforth(steps, p)) for p in (1, 2, 3, 4)},
-    'heun-nfe': lambda steps: heun((check_int('steps', steps) + 1) // 2, euler_end=steps % 2 == 1),
+CLASSICAL = { # on the linear path: name: (steps, grid=None) -> Solver; None = uniform
+    'euler': euler, 'midpoint': midpoint, 'heun': heun, 'rk4': rk4, 'adam2': adam2, 'adam4': adam4,
+    'ipndm': lambda steps, grid=None: ipndm(steps, spacing='time' if grid is None else grid),
+    **{f'ab{p}': (lambda steps, grid=None, p=p: adams_bashforth(steps, p, grid)) for p in (1, 2, 3, 4)},
+    'heun-nfe': lambda steps, grid=None: heun((check_int('steps', steps) + 1) // 2, grid, euler_end=steps % 2 == 1),
 }
 EXPONENTIAL = { # on other paths: name: (function, its options); steps = evaluations
     'ddim': (ddim, {}), 'dpm-solver-2': (dpm_solver, dict(order=2)), 'dpm-solver-3': (dpm_solver, dict(order=3)),

@@ -341,13 +341,13 @@ def adams_bashforth(
     "Adams-Bashforth with weights pre-integrated for the given grid (eqs. 10, 11); NFE = steps, plus 3 per RK4 starting step."
     return multistep(check_grid(steps, grid), order, lagrange_weights, f'ab{order}', start)
 
-def adam2(steps: int) -> Solver:
-    "The paper's Adam2: Adams-Bashforth 2 on the uniform grid after one Euler step; NFE = steps."
-    return replace(adams_bashforth(steps, 2), name='adam2')
+def adam2(steps: int, grid: Tensor | None = None) -> Solver:
+    "The paper's Adam2: Adams-Bashforth 2 after one Euler step, there on the uniform grid; NFE = steps."
+    return replace(adams_bashforth(steps, 2, grid), name='adam2')
 
-def adam4(steps: int) -> Solver:
-    "The paper's Adam4: orders 1, 2, 3, then Adams-Bashforth 4, on the uniform grid; NFE = steps."
-    return replace(adams_bashforth(steps, 4), name='adam4')
+def adam4(steps: int, grid: Tensor | None = None) -> Solver:
+    "The paper's Adam4: orders 1, 2, 3, then Adams-Bashforth 4, there on the uniform grid; NFE = steps."
+    return replace(adams_bashforth(steps, 4, grid), name='adam4')
 
 # %% ../nbs/03_solvers.ipynb #f2847168
 def change_path(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['package_root', 'repository_root', 'data_root', 'data_file', 'reports_root', 'check_int', 'check_float',
-           'check_choice', 'split_names', 'atomic_path', 'write_text', 'write_json', 'sha256', 'indexed_noise']
+           'check_choice', 'split_names', 'atomic_path', 'write_text', 'write_json', 'sha256', 'indexed_noise',
+           'import_torchvision']
 
 # %% ../nbs/00_utils.ipynb #b7d8b4ee
 import contextlib, hashlib, importlib.util, json, os, tempfile
@@ -140,3 +141,17 @@ def indexed_noise(
         key = np.array([seed, index], np.uint64)
         row[...] = np.random.Generator(np.random.Philox(key=key)).standard_normal(tuple(shape), np_dtype)
     return torch.from_numpy(out).to(device)
+
+# %% ../nbs/00_utils.ipynb #77c91cd8
+_schemas = None # must stay alive: a torch.library.Library takes its schemas with it
+
+def import_torchvision():
+    "The module torchvision, also where its compiled operators do not load."
+    global _schemas
+    try: import torchvision
+    except RuntimeError as error:
+        if 'torchvision::nms does not exist' not in str(error): raise
+        _schemas = _schemas or torch.library.Library('torchvision', 'DEF')
+        for op in ('nms', 'qnms'): _schemas.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        import torchvision
+    return torchvision
