@@ -59,9 +59,10 @@ class PixelVAE(ModelMixin, ConfigMixin):
 
 def trained_pipeline(name: str):
     "diffusers' DiTPipeline around 'sit-tiny' (flow) or 'dit-tiny' (DDPM)."
-    from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler
+    from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
     transformer = TinyTransformer(name).eval(); transformer.net.load_state_dict(load_model(name).state_dict())
-    scheduler = FlowMatchEulerDiscreteScheduler() if transformer.velocity else DDIMScheduler(clip_sample=False)
+    flow = dict(prediction_type='flow_prediction', use_flow_sigmas=True) # FlowMatchEulerDiscreteScheduler lacks what this pipeline calls
+    scheduler = DPMSolverMultistepScheduler(**flow) if transformer.velocity else DDIMScheduler(clip_sample=False)
     pipe = DiTPipeline(transformer, PixelVAE(), scheduler, id2label=dict(enumerate(CLASSES)))
     pipe.register_to_config(id2label=dict(enumerate(CLASSES))) # the pipeline reads it on loading and does not write it
     return pipe
