@@ -23,7 +23,7 @@ setup(
     keywords=cfg['keywords'].split(),
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'diffusers')},
     entry_points={'papermill.engine': ['neuralsolver = neuralsolver.papermill_engine:NeuralSolverEngine']},
     # data/ travels in the wheel as neuralsolver/assets; in a clone neuralsolver.utils.data_root() finds data/ itself
     packages=['neuralsolver', 'neuralsolver.assets'],

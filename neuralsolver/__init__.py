@@ -18,6 +18,7 @@ _EXPORTS = {
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 _MODULES = [*_EXPORTS, 'utils', 'data', 'training', 'metrics', 'evaluate', 'figures', 'papermill_engine']
+_OPTIONAL = ['diffusers', 'pipelines', 'zero_shot'] # modules that need the extra: pip install "neuralsolver[diffusers]"
 __all__ = [*_MODULE_OF, *_MODULES]
 
 
@@ -26,10 +27,10 @@ def __getattr__(name):
         value = getattr(importlib.import_module(f'.{_MODULE_OF[name]}', __name__), name)
         globals()[name] = value
         return value
-    if name in _MODULES:
+    if name in (*_MODULES, *_OPTIONAL):
         return importlib.import_module(f'.{name}', __name__)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_OPTIONAL})

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREDICTION_TYPES', 'MEAN_TRICKS', 'BETA_SCHEDULES', 'convert_output', 'output_factors', 'compose_shift',
-           'NeuralSolverScheduler', 'FlowNeuralSolverScheduler', 'VPNeuralSolverScheduler', 'is_flow', 'DiffusersField',
-           'denoiser', 'pipeline_field']
+           'NeuralSolverScheduler', 'FlowNeuralSolverScheduler', 'keep_times', 'VPNeuralSolverScheduler', 'is_flow',
+           'DiffusersField', 'denoiser', 'pipeline_field']
 
 # %% ../nbs/15_diffusers.ipynb #1cec6143
 import copy, inspect, math
@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from .neural import CLASSICAL, EXPONENTIAL, get_solver, list_solvers, load_solver
 from .paths import DDPMPath, LinearPath, Path, ShiftedPath, VPPath
-from .solvers import change_path, Solver
+from .solvers import change_path, COORDINATES, Solver
 from .utils import check_choice, check_float, check_int, import_torchvision
 import_torchvision() # before diffusers does
 try:
@@ -319,6 +319,17 @@ def _apart(self: NeuralSolverScheduler, prediction: torch.Tensor, x: torch.Tenso
     x.add_((mean if self.mean_trick == 'shrunk' else self._means) / (done + 1), alpha=self._plan.span[k])
     return prediction - mean
 
+# %% ../nbs/15_diffusers.ipynb #4eb440e8
+def keep_times(
+    solver: Solver, # on a path of DDPM models, every step of positive length
+    path: Path, # another one
+) -> Solver: # the same times and coefficients there
+    "A solver's times and its coefficients per unit of span on another path."
+    if solver.path == path: return solver
+    nodes = path.clamp(solver.nodes); span = COORDINATES[solver.coordinates].span(path, nodes[:-1], nodes[1:])
+    if not (solver.span != 0).all(): raise ValueError(f'{solver.name!r} has stages without a step of their own: its times alone do not determine it.')
+    return replace(solver, nodes=nodes, weights=solver.weights * (span / solver.span)[:, None], path=path)
+
 # %% ../nbs/15_diffusers.ipynb #feb8fa72
 BETA_SCHEDULES = {'linear': 'linear', 'scaled_linear': 'scaled-linear', 'squaredcos_cap_v2': 'cosine'} # diffusers' names
 
@@ -337,12 +348,13 @@ class VPNeuralSolverScheduler(NeuralSolverScheduler):
         beta_schedule: str = 'linear', # a key of BETA_SCHEDULES
         trained_betas: list | None = None, # refused: give a schedule
         prediction_type: str = 'epsilon', # 'epsilon', 'sample' or 'v_prediction'
+        carry: str = 'log-snr', # how a table comes to another path: at equal 'log-snr', or at equal 'time'
         continuous: bool = False, # True: the paper's reading, the continuous path, network told 1000 t
         rescale_betas_zero_snr: bool = False, # refused: pure noise has no finite log-SNR
         thresholding: bool = False, # refused: it is not linear
     ):
         if prediction_type == 'flow_prediction': raise ValueError("prediction_type='flow_prediction' is not allowed: this is a flow model. Use FlowNeuralSolverScheduler.")
-        check_choice('prediction_type', prediction_type, PREDICTION_TYPES[:3]); check_choice('beta_schedule', beta_schedule, BETA_SCHEDULES)
+        check_choice('prediction_type', prediction_type, PREDICTION_TYPES[:3]); check_choice('beta_schedule', beta_schedule, BETA_SCHEDULES); check_choice('carry', carry, ('log-snr', 'time'))
         for key in ('trained_betas', 'rescale_betas_zero_snr', 'thresholding'):
             if self.config[key]: raise ValueError(f'{key}={self.config[key]!r} is not supported: a searched table needs one of the schedules {", ".join(BETA_SCHEDULES)}, a finite log-SNR and a linear step.')
         if continuous and beta_schedule != 'linear': raise ValueError(f'continuous=True needs beta_schedule="linear", not {beta_schedule!r}.')
@@ -357,7 +369,10 @@ class VPNeuralSolverScheduler(NeuralSolverScheduler):
     def _time(self, timestep: torch.Tensor) -> torch.Tensor: return (timestep + self._offset) / len(self)
     def _sigma(self, t: torch.Tensor) -> torch.Tensor: return (-self.path.log_snr(t)).exp() # sigma / alpha, as in diffusers
     def _shift(self, mu: float | None) -> float: return 1.0
-    def _fit(self, solver: Solver, shift: float = 1.0) -> Solver: return change_path(solver, self.path)
+    def _fit(self, solver: Solver, shift: float = 1.0) -> Solver:
+        if self.config.carry == 'time': return keep_times(solver, self.path)
+        try: return change_path(solver, self.path)
+        except ValueError as e: raise ValueError(f"{e} Or keep the table's times instead: carry='time'.") from e
     def _classical(self, name: str, n: int, shift: float) -> Solver: return get_solver(name, n, self.path)
 
 # %% ../nbs/15_diffusers.ipynb #845ffad8

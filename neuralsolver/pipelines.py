@@ -145,12 +145,12 @@ def scheduler_for(
 
 # %% ../nbs/16_pipelines.ipynb #2a208ffd
 def generators(
-    indices: Sequence[int], # sample indices >= 0
-    seed: int = 0, # 0 to 2^31 - 1
+    indices: Sequence[int], # sample indices, 0 to a million
+    seed: int = 0, # 0 to 4293
 ) -> list[torch.Generator]:
-    "One CPU generator per sample index."
-    check_int('seed', seed, 0, 2 ** 31 - 1)
-    return [torch.Generator().manual_seed((seed << 32) + check_int('index', i, 0, 2 ** 32 - 1)) for i in indices]
+    "One CPU generator per sample index; no two (seed, index) share one."
+    spacing = 1_000_003; check_int('seed', seed, 0, 2 ** 32 // spacing - 1) # torch looks at the lower 32 bits of a CPU generator's seed
+    return [torch.Generator().manual_seed(seed * spacing + check_int('index', i, 0, spacing - 1)) for i in indices]
 
 def embedding(
     prompt: str, # any text

@@ -11,7 +11,7 @@ def test_what_a_fresh_process_imports():
     bare, core, kinds = fresh('''
 import json, sys
 import neuralsolver as ns
-heavy = ('torch', 'torchvision', 'torch_fidelity', 'matplotlib', 'pandas', 'seaborn', 'sympy', 'scipy', 'papermill', 'nbdev')
+heavy = ('torch', 'torchvision', 'torch_fidelity', 'matplotlib', 'pandas', 'seaborn', 'sympy', 'scipy', 'papermill', 'nbdev', 'diffusers', 'transformers')
 loaded = lambda: [m for m in heavy if m in sys.modules]
 bare = loaded()
 ns.sample, ns.search, ns.load_model, ns.Field, ns.NeuralSolver
@@ -27,6 +27,26 @@ print(json.dumps([bare, core, kinds]))''')
 @pytest.mark.parametrize('name', neuralsolver.__all__)
 def test_every_public_name_resolves(name):
     assert getattr(neuralsolver, name) is not None and name in dir(neuralsolver)
+
+def test_without_diffusers_all_but_its_modules_work():
+    core, errors = fresh('''
+import json, sys
+sys.modules['diffusers'] = None # as if it were not installed
+import torch
+from neuralsolver import *
+import neuralsolver as ns
+core = list(ns.sample(lambda x, t: -x, torch.ones(2, 3), ns.load_solver('sit-xl-2', 8)).shape)
+errors = []
+for name in ns._OPTIONAL:
+    try: getattr(ns, name)
+    except ImportError as e: errors.append(str(e))
+print(json.dumps([core, errors]))''')
+    assert core == [2, 3] and len(errors) == 3 and all('pip install "neuralsolver[diffusers]"' in e for e in errors)
+
+def test_the_modules_for_diffusers_resolve():
+    import neuralsolver.diffusers
+    assert neuralsolver.diffusers.FlowNeuralSolverScheduler.__module__ == 'neuralsolver.diffusers'
+    assert {'diffusers', 'pipelines', 'zero_shot'} <= set(dir(neuralsolver))
 
 def test_no_name_is_listed_twice_and_an_unknown_one_is_an_attribute_error():
     assert len(set(neuralsolver.__all__)) == len(neuralsolver.__all__)
