@@ -137,21 +137,29 @@ def compare(
 def contact_sheet(
     folder: str | os.PathLike, # as in `compare`
     table: pd.DataFrame, # from `compare`
-    order: Sequence[str], # folder names from top to bottom
-    columns: int, # samples shown
-    captions: Sequence[str], # of the columns
+    solvers: Sequence[str], # rows
+    steps: Sequence[int], # groups of columns
+    reference: str, # folder of the reference, the last row
+    columns: int, # samples shown in every group
+    captions: Sequence[str], # of the samples
     title: str, # of the sheet
 ):
-    "One row a scheduler and step count, the same noise down a column."
+    "Rows are schedulers, groups of columns step counts; in every group the same samples, from the same noise."
     import matplotlib.pyplot as plt
-    rows = {name: read_images(Path(folder) / name, columns) for name in order}; table = table.set_index('folder')
-    side = 1.1; fig, axes = plt.subplots(len(rows), columns, figsize=(side * columns + 1.6, side * len(rows) + .7), squeeze=False)
-    for line, (name, images) in zip(axes, rows.items()):
-        r = table.loc[name]
-        for ax, image in zip(line, images): ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='nearest' if image.shape[0] < 64 else None); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
-        line[0].set_ylabel(f'{r.solver}\n{r.steps} steps' + (f'\nRMSE {r.rmse:.3f}' if r.rmse else '\nreference'), rotation=0, ha='right', va='center', fontsize=7)
-    for ax, caption in zip(axes[0], captions): ax.set_title(caption if len(caption) < 22 else caption[:20] + '...', fontsize=6)
-    fig.suptitle(title, fontsize=8, y=1 - .12 / fig.get_figheight()); fig.subplots_adjust(left=1.5 / fig.get_figwidth(), right=.995, bottom=.005, top=1 - .5 / fig.get_figheight(), wspace=.03, hspace=.03)
+    rmse, side, gap = table.set_index('folder').rmse, .85, .12
+    rows = [(name, [f'{name}-{n}' for n in steps]) for name in solvers] + [(f'reference:\n{reference}', [reference] * len(steps))]
+    width, height = len(steps) * (columns * side + gap) + 1.1, len(rows) * side + .75
+    fig = plt.figure(figsize=(width, height))
+    for r, (name, folders) in enumerate(rows):
+        for g, (n, one) in enumerate(zip(steps, folders)):
+            for k, image in enumerate(read_images(Path(folder) / one, columns)):
+                left, bottom = 1.1 + g * (columns * side + gap) + k * side, height - .75 - (r + 1) * side
+                ax = fig.add_axes([left / width, bottom / height, .97 * side / width, .97 * side / height]); ax.set_axis_off()
+                ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='nearest' if len(image) < 64 else None)
+                if k == 0 and rmse[one] > 0: ax.text(.03, .03, f'{rmse[one]:.3f}', transform=ax.transAxes, fontsize=5.5, color='w', bbox=dict(fc='k', ec='none', pad=1))
+                if r == 0: ax.set_title((f'{n} steps\n' if k == 0 else '') + (captions[k] if len(captions[k]) < 18 else captions[k][:16] + '...'), fontsize=5.5, loc='left', pad=2)
+        fig.text(1.03 / width, (height - .75 - (r + .5) * side) / height, name, ha='right', va='center', fontsize=6.5)
+    fig.text(.5, 1 - .1 / height, title + '; white: RMSE to the reference', ha='center', va='top', fontsize=7.5)
     return fig
 
 # %% ../nbs/17_zero_shot.ipynb #0a33ba51

@@ -1,15 +1,18 @@
 "Our schedulers in the stock pipelines of diffusers, against `sample`, hand-written fields, numpy loops and diffusers' own schedulers."
 import copy, gc, json, math, subprocess, sys
+from dataclasses import replace
 from contextlib import contextmanager
 from functools import cache
 import numpy as np, pytest, torch
 from neuralsolver.diffusers import (compose_shift, convert_output, DiffusersField, FlowNeuralSolverScheduler as Flow, is_flow,
-                                    output_factors, pipeline_field, VPNeuralSolverScheduler as VP)
+                                    keep_times, output_factors, pipeline_field, VPNeuralSolverScheduler as VP)
+from neuralsolver.exponential import ddim
 import diffusers
 from neuralsolver.fields import GaussianMixture
 from neuralsolver.neural import list_solvers, load_solver
 from neuralsolver.paths import DDPMPath, LinearPath, VPPath
-from neuralsolver.solvers import Solver, adams_bashforth, change_path, euler, rk4, sample, save_solver
+from neuralsolver.pipelines import load_pipeline
+from neuralsolver.solvers import Solver, adams_bashforth, change_path, euler, heun, rk4, sample, save_solver
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning:diffusers.*') # numpy 2
 F64 = torch.float64
@@ -22,52 +25,8 @@ def relative(x, y): return ((x - y).abs().max() / y.abs().max()).item()
 
 # Tiny pipelines without files
 
-def tiny(name, seed=0):
-    "A random pipeline without text encoders."
-    from diffusers import AutoencoderDC, AutoencoderKL
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        small = dict(block_out_channels=(8,), norm_num_groups=8)
-        latent = dict(small, latent_channels=4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=.0609, scaling_factor=1.5305)
-        if name == 'dit':
-            net = diffusers.DiTTransformer2DModel(
-                sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4, out_channels=8,
-                attention_bias=True, activation_fn='gelu-approximate', num_embeds_ada_norm=1000, norm_type='ada_norm_zero',
-                norm_elementwise_affine=False)
-            pipe = diffusers.DiTPipeline(net, AutoencoderKL(**small), diffusers.DDIMScheduler())
-        elif name == 'pixart':
-            net = diffusers.PixArtTransformer2DModel(
-                sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3, caption_channels=32, in_channels=4,
-                cross_attention_dim=24, out_channels=8, norm_type='ada_norm_single')
-            pipe = diffusers.PixArtSigmaPipeline(None, None, AutoencoderKL(**small), net, diffusers.DPMSolverMultistepScheduler())
-        elif name == 'sana':
-            net = diffusers.SanaTransformer2DModel(
-                patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
-                num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8, sample_size=32)
-            blocks = ('ResBlock', 'EfficientViTBlock')
-            vae = AutoencoderDC(
-                in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=blocks, decoder_block_types=blocks,
-                encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)),
-                decoder_qkv_multiscales=((), (5,)), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
-                downsample_block_type='conv', upsample_block_type='interpolate', decoder_norm_types='rms_norm', decoder_act_fns='silu',
-                scaling_factor=.41407)
-            own = diffusers.DPMSolverMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.)
-            pipe = diffusers.SanaPipeline(None, None, vae, net, own)
-        elif name == 'sd3':
-            net = diffusers.SD3Transformer2DModel(
-                sample_size=32, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=4,
-                caption_projection_dim=32, joint_attention_dim=32, pooled_projection_dim=64, out_channels=4)
-            own = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.)
-            pipe = diffusers.StableDiffusion3Pipeline(net, own, AutoencoderKL(**latent), *[None] * 6)
-        else:
-            net = diffusers.FluxTransformer2DModel(
-                patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-                joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True)
-            own = diffusers.FlowMatchEulerDiscreteScheduler(shift=3., use_dynamic_shifting=True)
-            pipe = diffusers.FluxPipeline(own, AutoencoderKL(**latent), None, None, None, None, net)
-        for part in (pipe.transformer, pipe.vae): part.eval()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+NAMES = dict(dit='random-dit', pixart='random-pixart-sigma', sana='random-sana', sd3='random-sd3', flux='random-flux')
+def tiny(name, seed=0): return load_pipeline(NAMES[name], seed=seed)
 
 def masked(width): return dict(prompt_embeds=rand(2, 7, width), prompt_attention_mask=torch.ones(2, 7), negative_prompt=None,
                                negative_prompt_embeds=rand(2, 7, width, seed=1), negative_prompt_attention_mask=torch.ones(2, 7),
@@ -77,7 +36,7 @@ ARGUMENTS = {
     'sana': masked(8) | dict(height=32, width=32, guidance_scale=4.5),
     'sd3': dict(prompt_embeds=rand(2, 7, 32), pooled_prompt_embeds=rand(2, 64), negative_prompt_embeds=rand(2, 7, 32, seed=1),
                 negative_pooled_prompt_embeds=rand(2, 64, seed=1), height=16, width=16, guidance_scale=7.),
-    'flux': dict(prompt_embeds=rand(2, 7, 32), pooled_prompt_embeds=rand(2, 32), height=16, width=16, guidance_scale=3.5)}
+    'flux': dict(prompt_embeds=rand(2, 7, 32), pooled_prompt_embeds=rand(2, 64), height=16, width=16, guidance_scale=3.5)}
 
 @cache
 def shared(name): return tiny(name)
@@ -208,7 +167,7 @@ def test_a_pipeline_in_bfloat16_is_close_to_float32(name):
 # The loop that is inside every pipeline
 
 A, B = rand(6, 6, seed=3, dtype=F64) / 2, rand(6, seed=4, dtype=F64)
-X0 = rand(4, 6, seed=5, dtype=F64)
+X0 = rand(4, 3, 6, seed=5, dtype=F64)
 def net(x, timestep): return (torch.tanh(x.double() @ A + B * timestep.double() / 1000) + .3 * x.double()).to(x.dtype)
 def told(s, t): return (1000 * (1 - t) if isinstance(s, Flow) else 1000 * t - int(not s.config.continuous)).float()
 
@@ -248,11 +207,19 @@ def test_the_result_has_the_dtype_of_the_model_output():
         for out, x in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, F64), (F64, torch.float32)):
             s.set_timesteps(6); assert s.step(X0.to(out), s.timesteps[0], X0.to(x)).prev_sample.dtype == out
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_once_a_step(dtype):
+    for half, full in ((Flow(), Flow()), (VP(), VP()), (Flow(mean_trick='average'), Flow(mean_trick='average'))):
+        half.set_timesteps(8); full.set_timesteps(8); x = X0.to(dtype)
+        for t in half.timesteps:
+            out = net(x, t); exact = full.step(out.float(), t, x.float()).prev_sample
+            x = half.step(out, t, x).prev_sample; assert torch.equal(x, exact.to(dtype))
+
 @pytest.mark.parametrize('kind', ['epsilon', 'sample', 'v_prediction'])
 @pytest.mark.parametrize('continuous', [False, True])
 def test_what_the_network_predicts_does_not_matter(kind, continuous):
     "The exact mixture in diffusers' three parametrisations."
-    path = VPPath() if continuous else DDPMPath(); mixture = GaussianMixture(rand(4, 6, seed=1, dtype=F64) * 1.5, .5, path=path)
+    path = VPPath() if continuous else DDPMPath(); mixture = GaussianMixture(rand(4, 3, 6, seed=1, dtype=F64) * 1.5, .5, path=path)
     s = VP(prediction_type=kind, continuous=continuous); solver = change_path(load_solver('dit-xl-2', 8), path)
     def model(x, timestep):
         t = (timestep.double() + (not continuous)) / 1000; a, sigma = path.alpha(t), path.sigma(t)
@@ -555,7 +522,7 @@ def test_the_mean_trick_by_a_naive_loop(trick, shape, begin):
     torch.testing.assert_close(x, torch.from_numpy(y), rtol=1e-12, atol=1e-12)
 
 def test_no_mean_trick_is_plain():
-    assert torch.equal(loop(Flow(mean_trick=None), 8, x=X0[:, None]), loop(Flow(), 8, x=X0[:, None]))
+    assert torch.equal(loop(Flow(mean_trick=None), 8, x=X0), loop(Flow(), 8, x=X0))
 
 @pytest.mark.parametrize('shape', [(2, 5, 3), (2, 3, 4, 5)])
 def test_the_mean_trick_on_a_constant_field(shape):
@@ -577,6 +544,11 @@ def test_shifts_compose(shift):
         torch.testing.assert_close(M(moved), M(solver), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(back.nodes, solver.nodes, rtol=0, atol=1e-12)
         torch.testing.assert_close(back.weights, solver.weights, rtol=1e-9, atol=1e-9)
+
+def test_every_size_of_image_has_its_own_shift():
+    s = Flow(compose_shift=True, use_dynamic_shifting=True)
+    for mu in (.5, 1.15, .5):
+        assert torch.equal(loop(s, 8, mu=mu), loop(Flow(compose_shift=True, shift=math.exp(mu)), 8))
 
 def test_classical_rules_are_derived_for_the_shifted_grid():
     s = Flow(solver='ab3', compose_shift=True, shift=3.); u = torch.linspace(0, 1, 9, dtype=F64); grid = u / (u + 3 * (1 - u))
@@ -723,7 +695,8 @@ MISTAKES = {
     'midpoint': (lambda: stepped(Flow(solver='midpoint')), "spends 12 evaluations"),
     'timestep not there': (lambda: stepped(Flow(), timestep=970.), r'timestep=970 is not on the schedule \[1000.0'),
     'an index for a timestep': (lambda: stepped(VP(), timestep=4), 'timestep=4 is not on the schedule'),
-    'shapes': (lambda: stepped(VP(), out=torch.cat([X0, X0], 1)), r'model_output \[4, 12\] and sample \[4, 6\].*learned variances'),
+    'shapes': (lambda: stepped(VP(), out=torch.cat([X0, X0], 1)), r'model_output \[4, 6, 6\] and sample \[4, 3, 6\].*learned variances'),
+    'mean of vectors': (lambda: loop(Flow(mean_trick='average'), 8, x=X0[:, 0]), r'states \[B, tokens, C\].*\[4, 6\]'),
     'mean trick': (lambda: Flow(mean_trick='mean'), "mean_trick='mean'.*shrunk, average"),
     'shift': (lambda: Flow(shift=-3.), 'shift=-3.0'), 'no shift': (lambda: Flow(shift=0, compose_shift=True), 'shift=0'),
     'shift of a solver': (lambda: compose_shift(euler(4), -1.), 'shift=-1.0'),
@@ -735,7 +708,7 @@ MISTAKES = {
     'no noise': (lambda: Flow().scale_noise(X0, torch.tensor([500.])), 'noise=None'),
     'table length': (lambda: VP(num_train_timesteps=1), 'num_train_timesteps=1'),
     'betas': (lambda: VP(beta_start=.5, beta_end=.1), 'beta_start=0.5'),
-    'a table that starts too noisy': (lambda: VP(**STABLE_DIFFUSION).set_timesteps(8), "dit-xl-2.*beyond the ends of.*dpm-solver"),
+    'a table that starts too noisy': (lambda: VP(**STABLE_DIFFUSION).set_timesteps(8), "dit-xl-2.*beyond the ends of.*carry='time'"),
     'an EDM config': (lambda: VP.from_config(scheduler_of('EDMEuler').config), 'config'),
     'a consistency model': (lambda: Flow.from_config(scheduler_of('CMStochasticIterative').config), 'config'),
     'shifted SNR': (lambda: VP.from_config(scheduler_of('CogVideoXDDIM').config), 'snr_shift_scale'),
@@ -774,3 +747,26 @@ def test_a_failed_set_timesteps_does_not_spoil_the_next():
         with pytest.raises(ValueError): s.set_timesteps(11)
         assert torch.equal(loop(s, 8), expected)
     assert isinstance(s.solver_for(8), Solver)
+
+# Tables on other noise schedules
+
+SD = dict(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012)
+
+def test_kept_times_are_the_same_method_on_the_other_table():
+    "DDIM carried over is DDIM derived there; of a searched table, times and coefficients stay."
+    path = VP(**SD, carry='time').path; own = ddim(7, VPPath(), t_start=.999)
+    carried, there = keep_times(own, path), ddim(7, path, own.nodes)
+    assert torch.equal(carried.nodes, there.nodes) and torch.allclose(carried.weights, there.weights, rtol=1e-12)
+    table = load_solver('dit-xl-2', 8); s = VP(**SD, carry='time'); solver = s.solver_for(8)
+    assert torch.equal(solver.nodes, table.nodes) and solver.path == path
+    assert torch.allclose(solver.weights / solver.span[:, None], table.weights / table.span[:, None])
+    s.set_timesteps(8); torch.testing.assert_close(s.timesteps, (1000 * table.nodes[:-1] - 1).float())
+    assert keep_times(table, VPPath()) is table
+    with pytest.raises(ValueError, match='stages'): keep_times(replace(heun(4), path=VPPath()), path)
+
+def test_equal_log_snr_is_not_equal_time():
+    a, b = (VP(carry=c, beta_schedule='squaredcos_cap_v2').solver_for(8) for c in ('log-snr', 'time'))
+    source = load_solver('dit-xl-2', 8)
+    assert torch.allclose(a.path.log_snr(a.nodes), VPPath().log_snr(source.nodes.clamp(.001, 1)), atol=1e-6) and torch.equal(b.nodes, source.nodes.clamp(0, 1))
+    with pytest.raises(ValueError, match="carry='equal'.*log-snr, time"): VP(carry='equal')
+    with pytest.raises(ValueError, match="nodes beyond the ends.*carry='time'"): VP(**SD).solver_for(8)
