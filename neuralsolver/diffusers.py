@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREDICTION_TYPES', 'MEAN_TRICKS', 'BETA_SCHEDULES', 'REFUSED', 'REFUSED_WHEN_COMPOSED', 'convert_output',
            'output_factors', 'compose_shift', 'NeuralSolverScheduler', 'FlowNeuralSolverScheduler', 'keep_times',
-           'VPNeuralSolverScheduler', 'is_flow', 'DiffusersField', 'denoiser', 'pipeline_field']
+           'VPNeuralSolverScheduler', 'is_flow', 'DiffusersField', 'network_calls', 'denoiser', 'pipeline_field']
 
 # %% ../nbs/15_diffusers.ipynb #1cec6143
 import copy, inspect, math
@@ -95,8 +95,7 @@ class NeuralSolverScheduler(SchedulerMixin, ConfigMixin):
         given = self.config.solver; items = list(given) if isinstance(given, (list, tuple)) else [given]
         if not items: raise ValueError('solver=[] is not allowed: give at least one solver.')
         entries = [_entry(item, self.path, self._accepts, self._advice) for item in items]
-        for entry in entries:
-            if isinstance(entry, dict): self._fit(Solver.from_dict(entry))
+        for entry in entries: self._check_fit(entry)
         self.register_to_config(solver=entries if isinstance(given, (list, tuple)) else entries[0], _use_default_values=[]) # no value is a default that another class may replace by its own
         T = check_int('num_train_timesteps', self.config.num_train_timesteps, 2)
         times = torch.linspace(self.path.t_noise, self.path.t_data, T + 1, dtype=torch.float64)[:-1] # all of them: for training loops
@@ -109,7 +108,9 @@ class NeuralSolverScheduler(SchedulerMixin, ConfigMixin):
     def begin_index(self) -> int | None: "Where sampling starts, set by image-to-image pipelines; None = found by the first timestep."; return self._begin_index
     def set_begin_index(self, begin_index: int = 0):
         "Start at this node of the table; see *Image to image*."
-        self._begin_index = check_int('begin_index', begin_index, 0, None if self.num_inference_steps is None else self.num_inference_steps - 1)
+        n = self.num_inference_steps
+        if n is not None and begin_index == n: raise ValueError(f'begin_index={n} leaves none of the {n} steps: give more steps, or a larger strength.')
+        self._begin_index = check_int('begin_index', begin_index, 0, None if n is None else n - 1)
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor: "The network takes the state as it is."; return sample
     def __len__(self) -> int: return self.config.num_train_timesteps
 
@@ -134,11 +135,23 @@ def solver_for(
     raise ValueError(f'num_inference_steps={n} has no table here. There are tables for {", ".join(map(str, sorted(set(have))))} steps: '
                      "use one of these, or add a classical solver to the list, for example solver=['sit-xl-2', 'ab3'].")
 
+@patch
+def _check_fit(self: NeuralSolverScheduler, entry: str | dict):
+    "ValueError if a solver cannot run on this scheduler's path, whatever the number of steps."
+    tables = list_solvers()
+    if isinstance(entry, str) and entry not in tables: return
+    errors = []
+    for n in tables[entry] if isinstance(entry, str) else [None]:
+        try: self._fit(load_solver(entry, n) if n else Solver.from_dict(entry)); return
+        except ValueError as e: errors.append(e)
+    raise errors[0]
+
 @patch(as_prop=True)
 def smallest_steps(self: NeuralSolverScheduler) -> int:
     "The smallest number of steps there is a table for."
     given, tables = self.config.solver, list_solvers()
-    return min(tables[e][0] if isinstance(e, str) and e in tables else 1 if isinstance(e, str) else len(e['weights']) for e in (given if isinstance(given, (list, tuple)) else [given]))
+    steps = lambda e: len(e['weights']) if not isinstance(e, str) else tables[e][0] if e in tables else 1
+    return min(map(steps, given if isinstance(given, (list, tuple)) else [given]))
 
 # %% ../nbs/15_diffusers.ipynb #53402809
 class _Plan:
@@ -156,6 +169,7 @@ class _Plan:
             self._rows[begin] = [(row, [j for j in last if last[j] == k]) for k, row in enumerate(rows)]
         return self._rows[begin]
 
+# %% ../nbs/15_diffusers.ipynb #0bbdd814
 @patch
 def set_timesteps(
     self: NeuralSolverScheduler,
@@ -180,10 +194,11 @@ def _asked(self: NeuralSolverScheduler, n, sigmas, timesteps) -> int:
     "The number of steps that a pipeline asks for; ValueError for a schedule of its own."
     if timesteps is not None: raise ValueError(f'timesteps={list(timesteps)} are refused: the times are part of the searched table. Give num_inference_steps.')
     if sigmas is not None:
-        stock = torch.linspace(1, 0, len(sigmas) + 1, dtype=torch.float64)[:-1]
-        given = torch.as_tensor(sigmas, dtype=torch.float64, device='cpu')
+        try: given = torch.as_tensor(sigmas, dtype=torch.float64, device='cpu').reshape(-1)
+        except (TypeError, ValueError) as e: raise ValueError(f'sigmas={sigmas!r} is not allowed: give num_inference_steps.') from e
+        stock = torch.linspace(1, 0, len(given) + 1, dtype=torch.float64)[:-1]
         if self.path != LinearPath() or given.shape != stock.shape or (given - stock).abs().max() > 1e-6:
-            raise ValueError(f'sigmas={list(sigmas)} are refused: the noise levels are part of the searched table. Give num_inference_steps, or use a scheduler of diffusers for a schedule of your own.')
+            raise ValueError(f'sigmas={given.tolist()} are refused: the noise levels are part of the searched table. Give num_inference_steps, or use a scheduler of diffusers for a schedule of your own.')
         if n not in (None, len(sigmas)): raise ValueError(f'{len(sigmas)} sigmas do not fit num_inference_steps={n}.')
         n = len(sigmas)
     if n is None: raise ValueError('num_inference_steps=None is not allowed: give the number of steps.')
@@ -209,7 +224,7 @@ def step(
     sample: torch.Tensor, # state the network was called with, same shape
     return_dict: bool = True, # False = a tuple
 ) -> SchedulerOutput | tuple: # the next state, in the dtype of `model_output`
-    "One step of the table."
+    "One step of the table, computed in float32 (float64 for float64 outputs)."
     if self.num_inference_steps is None: raise ValueError('call set_timesteps(num_inference_steps) before step.')
     if model_output.shape != sample.shape: raise ValueError(f'model_output {list(model_output.shape)} and sample {list(sample.shape)} must have one shape (drop learned variances first).')
     if self._step_index is None: self._start(timestep)
@@ -275,6 +290,7 @@ class FlowNeuralSolverScheduler(NeuralSolverScheduler):
         mean_trick: str | None = None, # None, 'shrunk' or 'average', see *The mean trick*
     ):
         if prediction_type != 'flow_prediction': raise ValueError(f'prediction_type={prediction_type!r} is not allowed: this scheduler is for flow_prediction. Use VPNeuralSolverScheduler.')
+        for key in ('compose_shift', 'use_dynamic_shifting'): check_choice(key, self.config[key], (False, True))
         check_choice('time_shift_type', time_shift_type, ('exponential', 'linear')); check_float('shift', shift, low=1e-6)
         if mean_trick is not None: check_choice('mean_trick', mean_trick, MEAN_TRICKS)
         self.mean_trick = mean_trick
@@ -353,7 +369,7 @@ class VPNeuralSolverScheduler(NeuralSolverScheduler):
         thresholding: bool = False, # refused: it is not linear
     ):
         if prediction_type == 'flow_prediction': raise ValueError("prediction_type='flow_prediction' is not allowed: this is a flow model. Use FlowNeuralSolverScheduler.")
-        check_choice('prediction_type', prediction_type, PREDICTION_TYPES[:3]); check_choice('beta_schedule', beta_schedule, BETA_SCHEDULES); check_choice('carry', carry, ('log-snr', 'time'))
+        check_choice('prediction_type', prediction_type, PREDICTION_TYPES[:3]); check_choice('beta_schedule', beta_schedule, BETA_SCHEDULES); check_choice('carry', carry, ('log-snr', 'time')); check_choice('continuous', continuous, (False, True))
         for key in ('trained_betas', 'rescale_betas_zero_snr', 'thresholding'):
             if self.config[key]: raise ValueError(f'{key}={self.config[key]!r} is not supported: a searched table needs one of the schedules {", ".join(BETA_SCHEDULES)}, a finite log-SNR and a linear step.')
         if continuous and beta_schedule != 'linear': raise ValueError(f'continuous=True needs beta_schedule="linear", not {beta_schedule!r}.')
@@ -390,7 +406,7 @@ def from_config(
     if unknown := kwargs.keys() - known:
         raise ValueError(f'{cls.__name__} has no argument {", ".join(sorted(unknown))}. Allowed: {", ".join(sorted(known))}.')
     if not isinstance(config, Mapping): return super(NeuralSolverScheduler, cls).from_config(config, return_unused_kwargs, **kwargs)
-    if not is_flow(config) == issubclass(cls, FlowNeuralSolverScheduler) and 'prediction_type' not in kwargs:
+    if 'prediction_type' not in kwargs and is_flow(config) != issubclass(cls, FlowNeuralSolverScheduler):
         other = 'FlowNeuralSolverScheduler' if is_flow(config) else 'VPNeuralSolverScheduler'
         raise ValueError(f'this config of a {config.get("_class_name", "scheduler")} belongs to a {"flow" if is_flow(config) else "DDPM"} model: use {other}.')
     own = {k: v for k, v in config.items() if k in known and k not in kwargs}
@@ -405,9 +421,11 @@ def from_config(
 def is_flow(
     config: Mapping, # a scheduler's config
 ) -> bool:
-    "Does the config belong to a flow model? Otherwise to one trained on a DDPM table."
+    "Does the config belong to a flow model? Otherwise to one trained on a DDPM table; ValueError if it says neither."
     if 'prediction_type' in config: return config['prediction_type'] == 'flow_prediction'
-    return 'beta_start' not in config and 'trained_betas' not in config
+    if 'shift' not in config and 'beta_start' not in config:
+        raise ValueError(f'the config with {", ".join(k for k in config if not k.startswith("_"))} belongs to no family known here: it names neither prediction_type, nor a shift (flow), nor betas (DDPM).')
+    return 'beta_start' not in config
 
 # %% ../nbs/15_diffusers.ipynb #0c3025cb
 class DiffusersField:
@@ -472,24 +490,33 @@ def __call__(
     return convert_output(self.path, x, t, out, self.scheduler.config.prediction_type, target)
 
 # %% ../nbs/15_diffusers.ipynb #7957a452
-class _Recorded(Exception): pass
+class _Stop(Exception): pass
 
-def _first_call(pipe, scheduler: NeuralSolverScheduler, arguments: Mapping) -> dict:
-    "The arguments of the first network call that a pipeline makes, by name."
-    net, own = denoiser(pipe), pipe.scheduler
+def network_calls(
+    pipe, # a pipeline of diffusers
+    scheduler, # to run it with, for the time being
+    arguments: Mapping, # of `pipe(...)`
+    first: bool = False, # stop before the first call computes anything; False: after the calls of the first step
+) -> list[dict]: # arguments of the calls, by name
+    "What a pipeline calls its denoiser with in its first step."
+    net, own, calls = denoiser(pipe), pipe.scheduler, []
     names = list(inspect.signature(net.forward).parameters)
-    def record(module, args, kwargs): raise _Recorded(dict(zip(names, args)) | kwargs)
-    hook = net.register_forward_pre_hook(record, with_kwargs=True); pipe.scheduler = scheduler
+    def record(module, args, kwargs):
+        calls.append(dict(zip(names, args)) | kwargs)
+        if first: raise _Stop
+    def stop(*args, **kwargs): raise _Stop
+    hook = net.register_forward_pre_hook(record, with_kwargs=True); pipe.scheduler = copy.deepcopy(scheduler); pipe.scheduler.step = stop
     try: pipe(**arguments)
-    except _Recorded as call: return call.args[0]
+    except _Stop: pass
     finally: hook.remove(); pipe.scheduler = own
-    raise ValueError(f'{type(pipe).__name__} did not call its denoiser: make the DiffusersField by hand.')
+    if not calls: raise ValueError(f'{type(pipe).__name__} did not call its denoiser: make the DiffusersField by hand.')
+    return calls
 
 def denoiser(pipe) -> torch.nn.Module:
-    "The network of a pipeline that its scheduler steps."
-    net = getattr(pipe, 'transformer', None) or getattr(pipe, 'unet', None)
-    if net is None: raise ValueError(f'{type(pipe).__name__} has neither a transformer nor a unet: make the DiffusersField by hand.')
-    return net
+    "The one network of a pipeline that its scheduler steps."
+    nets = [n for n in (getattr(pipe, name, None) for name in ('transformer', 'transformer_2', 'unet')) if n is not None]
+    if len(nets) != 1: raise ValueError(f'{type(pipe).__name__} has {len(nets)} networks that could be its denoiser (transformer, transformer_2, unet): one is needed. Make the DiffusersField by hand.')
+    return nets[0]
 
 # %% ../nbs/15_diffusers.ipynb #198233bf
 @torch.no_grad()
@@ -501,9 +528,12 @@ def pipeline_field(
 ) -> tuple[DiffusersField, tuple[int, ...]]: # the field without classifier-free guidance, `cond` = index of the prompt; shape of one latent
     "The field that a pipeline integrates, taken from the pipeline itself."
     steps = scheduler.smallest_steps
-    one, more = (_flat(_first_call(pipe, scheduler, {**arguments(p), 'num_inference_steps': steps})) for p in (list(prompts), [*prompts, prompts[0]]))
-    first = next(iter(one)); P, x = len(prompts), one.pop(first)
-    if len(x) != P: raise ValueError(f'the pipeline calls its network with {len(x)} rows for {P} prompts: switch its guidance off (guidance_scale=1), a search is done without it.')
+    def recorded(prompts):
+        calls = network_calls(pipe, scheduler, {**arguments(prompts), 'num_inference_steps': steps}); x = next(iter(calls[0].values()))
+        if len(calls) > 1 or len(x) != len(prompts):
+            raise ValueError(f'the pipeline makes {len(calls)} network calls of {len(x)} rows for {len(prompts)} prompts in a step: switch its guidance off (guidance_scale=1, or true_cfg_scale=1), a search is done without it.')
+        return _flat(calls[0])
+    one, more = recorded(list(prompts)), recorded([*prompts, prompts[0]]); P, x = len(prompts), one.pop(next(iter(one)))
     told = torch.as_tensor(one.pop('timestep')).flatten()[0].item(); one.pop('return_dict', None)
     grew = lambda k, v: isinstance(v, torch.Tensor) and v.ndim and len(v) == P and len(more[k]) == P + 1
     scheduler.set_timesteps(steps)

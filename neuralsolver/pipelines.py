@@ -9,7 +9,8 @@ __all__ = ['RANDOM', 'TRAINED', 'TinyTransformer', 'PixelVAE', 'trained_pipeline
 # %% ../nbs/16_pipelines.ipynb #1e84bd66
 import hashlib, json
 from pathlib import Path
-from typing import Callable, Mapping, Sequence
+import inspect
+from typing import Sequence
 import torch
 from torch import Tensor
 import neuralsolver.diffusers # first: it makes torchvision importable, which diffusers wants
@@ -72,7 +73,7 @@ def _dit():
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
     net = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2,
                                 attention_bias=True, activation_fn='gelu-approximate', num_embeds_ada_norm=1000, norm_type='ada_norm_zero', norm_elementwise_affine=False)
-    return DiTPipeline(net, AutoencoderKL(block_out_channels=(8,), norm_num_groups=8), DDIMScheduler())
+    return DiTPipeline(net, AutoencoderKL(block_out_channels=(8,), norm_num_groups=8), DDIMScheduler(clip_sample=False))
 
 def _pixart_sigma():
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
@@ -115,6 +116,8 @@ def load_pipeline(
     download: bool = False, # may files be fetched from the hub? False: local ones only
 ):
     "A pipeline by name, without progress bar."
+    check_choice('device', device, ('cpu', 'cuda', 'offload'))
+    if device != 'cpu' and not torch.cuda.is_available(): raise ValueError(f'device={device!r} is not allowed: torch sees no CUDA device here.')
     kind = getattr(torch, check_choice('dtype', dtype, ('float32', 'bfloat16', 'float16')))
     if name in RANDOM:
         with torch.random.fork_rng(): torch.manual_seed(seed); pipe = RANDOM[name]()
@@ -160,6 +163,27 @@ def embedding(
     "What stands for a prompt where there is no text encoder: noise that belongs to its text."
     return indexed_noise([int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], 'big')], shape)[0].to(dtype)
 
+# %% ../nbs/16_pipelines.ipynb #418a0d5d
+def _class_labels(pipe, prompts: Sequence[str]) -> list[int]:
+    "Indices of classes given by name or number."
+    classes = getattr(denoiser(pipe).config, 'num_embeds_ada_norm', None) or len(pipe.labels)
+    for p in prompts:
+        if p not in pipe.labels and not (p.isascii() and p.isdigit() and int(p) < classes):
+            raise ValueError(f'prompts: {p!r} is no class of this pipeline. Give numbers below {classes}, or names such as {", ".join(list(pipe.labels)[:10]) or "(it has none)"}.')
+    return [pipe.labels[p] if p in pipe.labels else int(p) for p in prompts]
+
+def _embeddings(pipe, prompts: Sequence[str]) -> dict:
+    "What stands for prompts in the random pipelines."
+    kind, net = type(pipe).__name__, denoiser(pipe); nothing = [''] * len(prompts)
+    stack = lambda texts, *shape: torch.stack([embedding(t, shape, net.dtype) for t in texts]).to(net.device)
+    if kind.startswith(('PixArt', 'Sana')):
+        masks = torch.ones(len(prompts), 7, device=net.device); shape = 7, net.config.caption_channels
+        return dict(prompt_embeds=stack(prompts, *shape), prompt_attention_mask=masks, negative_prompt=None, negative_prompt_embeds=stack(nothing, *shape), negative_prompt_attention_mask=masks)
+    if not hasattr(net.config, 'joint_attention_dim'): raise ValueError(f'{kind} has no text encoder: load it with one.')
+    shapes = {'prompt_embeds': (7, net.config.joint_attention_dim), 'pooled_prompt_embeds': (net.config.pooled_projection_dim,)}
+    out = {name: stack(prompts, *shape) for name, shape in shapes.items()}
+    return out if kind == 'FluxPipeline' else out | {f'negative_{name}': stack(nothing, *shape) for name, shape in shapes.items()}
+
 def prompt_arguments(
     pipe, # a pipeline of diffusers
     prompts: Sequence[str], # one a sample; for class-conditional pipelines names or numbers of classes
@@ -167,22 +191,15 @@ def prompt_arguments(
     size: int | None = None, # height and width in pixels; None = the pipeline's default
 ) -> dict: # arguments of `pipe(...)`
     "How a pipeline is asked for these prompts."
-    kind, net, out = type(pipe).__name__, denoiser(pipe), {} if guidance is None else dict(guidance_scale=guidance)
-    if kind == 'DiTPipeline':
-        labels = pipe.labels
-        for p in prompts:
-            if not (p.isdigit() or p in labels): raise ValueError(f'prompts: {p!r} is no class of this pipeline. Give numbers, or names such as {", ".join(list(labels)[:10]) or "(it has none)"}.')
-        return out | dict(class_labels=[int(p) if p.isdigit() else labels[p] for p in prompts])
-    if size is not None: out |= dict(height=size, width=size)
-    if getattr(pipe, 'text_encoder', None) is not None: return out | dict(prompt=list(prompts))
-    out = {'height': 32, 'width': 32} | out
-    stack = lambda texts, *shape: torch.stack([embedding(t, shape, net.dtype) for t in texts]).to(net.device)
-    nothing = [''] * len(prompts); config = net.config
-    if kind.startswith(('PixArt', 'Sana')):
-        masks = torch.ones(len(prompts), 7, device=net.device)
-        return out | dict(prompt_embeds=stack(prompts, 7, config.caption_channels), prompt_attention_mask=masks, negative_prompt=None, use_resolution_binning=False,
-                          negative_prompt_embeds=stack(nothing, 7, config.caption_channels), negative_prompt_attention_mask=masks)
-    named = {'prompt_embeds': (7, config.joint_attention_dim), 'pooled_prompt_embeds': (config.pooled_projection_dim,)}
-    out |= {name: stack(prompts, *shape) for name, shape in named.items()}
-    if kind == 'FluxPipeline': return out
-    return out | {f'negative_{name}': stack(nothing, *shape) for name, shape in named.items()}
+    accepts, encodes, out = inspect.signature(type(pipe).__call__).parameters, getattr(pipe, 'text_encoder', None) is not None, {}
+    if guidance is not None:
+        distilled = getattr(denoiser(pipe).config, 'guidance_embeds', None)
+        if 'true_cfg_scale' not in accepts or distilled: out['guidance_scale'] = guidance
+        elif type(pipe).__name__.startswith('Qwen'): out |= dict(true_cfg_scale=guidance, negative_prompt=[' '] * len(prompts))
+        else: raise ValueError(f'guidance={guidance} has no effect on this {type(pipe).__name__}, whose network takes none: give None (0 in the notebooks).')
+    if size is not None:
+        if 'height' not in accepts: raise ValueError(f'size={size} is not allowed: {type(pipe).__name__} makes pictures of one size.')
+        out |= dict(height=size, width=size)
+    if 'use_resolution_binning' in accepts and (size is not None or not encodes): out['use_resolution_binning'] = False
+    if 'class_labels' in accepts: return out | dict(class_labels=_class_labels(pipe, prompts))
+    return out | dict(prompt=list(prompts)) if encodes else {'height': 32, 'width': 32} | out | _embeddings(pipe, prompts)

@@ -42,9 +42,11 @@ def teacher_trajectories(
     progress: bool = True, # tqdm progress bar
 ) -> Tensor: # states at L + 1 uniform times: [L + 1, M, ...]
     "Trajectories of the teacher (Alg. 2)."
-    solver, parts = teacher_solver(steps, path or getattr(field, 'path', LinearPath())), torch.arange(len(noise)).split(batch_size)
-    return torch.cat([sample(field, noise[p], solver, None if cond is None else cond[p], trajectory=True).to(store or noise.device)
-                      for p in tqdm(parts, desc='teacher', disable=not progress)], 1)
+    solver = teacher_solver(steps, path or getattr(field, 'path', LinearPath()))
+    out = torch.empty(solver.nfe + 1, *noise.shape, dtype=noise.dtype, device=store or noise.device)
+    for p in tqdm(torch.arange(len(noise)).split(batch_size), desc='teacher', disable=not progress):
+        out[:, p] = sample(field, noise[p], solver, None if cond is None else cond[p], trajectory=True).to(out.device)
+    return out
 
 def alignment_loss(
     states: Tensor, # student trajectory [N + 1, B, ...]
@@ -70,9 +72,19 @@ class SearchResult:
     iterations: int # iterations done
     converged: bool # stopped by patience, not by the limit
 
-def heldout_rmse(field: Callable, solver: Solver, noise: Tensor, cond: Tensor | None, end: Tensor) -> float:
+@torch.no_grad()
+def heldout_rmse(
+    field: Callable, # as in `search`
+    solver: Solver, # any solver of the field's path
+    noise: Tensor, # initial states [M, ...]
+    cond: Tensor | None, # conditions [M, ...]
+    end: Tensor, # end points to compare with, [M, ...], on any device
+    batch_size: int = 250, # states integrated at a time
+) -> float:
     "End-point RMSE of a solver against given end points, over all elements."
-    with torch.no_grad(): return (sample(field, noise, solver, cond) - end).square().mean().sqrt().item()
+    parts = torch.arange(len(noise)).split(check_int('batch_size', batch_size)); total = 0.
+    for p in parts: total += (sample(field, noise[p], solver, None if cond is None else cond[p]) - end[p].to(noise.device)).double().square().sum().item()
+    return (total / end.numel()) ** .5
 
 # %% ../nbs/07_solver_search.ipynb #1077ef13
 def search(
@@ -92,6 +104,7 @@ def search(
     checkpoint: str | os.PathLike | None = None, # file to resume from and to save to at every evaluation
     path: Path | None = None, # where to search; None = `field.path`, or LinearPath()
     init: Solver | None = None, # solver to start from (one evaluation a step, on this path, in its coordinates); None = Euler, as in the paper
+    eval_batch_size: int = 250, # states integrated at a time without gradients: teacher and held-out noise
     gradient_checkpointing: bool = False, # recompute each network call in the backward pass instead of keeping its activations; same result, see *Large networks*
     name: str = 'searched', # name of the solver
     provenance: dict | None = None, # added to the solver's provenance
@@ -105,14 +118,14 @@ def search(
     train = len(noise) - check_int('heldout', len(noise) // 5 or 1 if heldout is None else heldout, 1, len(noise) - 1)
     check_int('batch_size', batch_size, 1, train)
     path = path or getattr(field, 'path', LinearPath())
-    if isinstance(teacher, int): teacher = teacher_trajectories(field, noise, cond, check_int('teacher', teacher), path, progress=progress)
+    if isinstance(teacher, int): teacher = teacher_trajectories(field, noise, cond, check_int('teacher', teacher), path, eval_batch_size, progress=progress)
     if teacher.shape[1:] != noise.shape: raise ValueError(f'teacher {list(teacher.shape)} does not fit noise {list(noise.shape)}: [L + 1, M, ...] is needed.')
     coordinates = 'velocity' if path == LinearPath() else 'data'
     if init is not None and (init.path, init.coordinates) != (path, coordinates):
         raise ValueError(f'init={init.name!r} is in {init.coordinates} coordinates on {init.path}: {coordinates} coordinates on {path} are needed.')
     if init is not None and (init.nodes[[0, -1]] - torch.tensor([start_time(path), path.t_end], dtype=torch.float64)).abs().max() > 1e-9:
         raise ValueError(f'init={init.name!r} runs from t = {init.nodes[0]:g} to {init.nodes[-1]:g}: {start_time(path)} to {path.t_end} is needed (t_start=..., or get_solver).')
-    run = _Run(Recomputed(field) if gradient_checkpointing else field, NeuralSolver(steps, init=init), path, noise, cond, teacher, train, batch_size, lr, seed, eval_every)
+    run = _Run(Recomputed(field) if gradient_checkpointing else field, NeuralSolver(steps, init=init), path, noise, cond, teacher, train, batch_size, lr, seed, eval_every, check_int('eval_batch_size', eval_batch_size))
     run.load(checkpoint)
     bar = tqdm(total=iterations, initial=run.iteration, desc=f'search {steps} steps', disable=not progress, mininterval=1)
     while True:
@@ -129,11 +142,11 @@ def search(
 # %% ../nbs/07_solver_search.ipynb #8d555721
 class _Run:
     "One search in progress."
-    def __init__(self, field, module, path, noise, cond, teacher, train, batch_size, lr, seed, eval_every):
+    def __init__(self, field, module, path, noise, cond, teacher, train, batch_size, lr, seed, eval_every, eval_batch_size):
         self.field, self.module, self.noise, self.cond, self.teacher = field, module, noise, cond, teacher
         self.form = dict(path=path, coordinates='velocity' if path == LinearPath() else 'data', t_start=start_time(path))
         self.ends, self.teacher_name = (start_time(path), path.t_end), teacher_solver(1, path).name
-        self.train, self.batch_size, self.seed = train, batch_size, seed
+        self.train, self.batch_size, self.seed, self.eval_batch_size = train, batch_size, seed, eval_batch_size
         self.optimizer = Lion(module.parameters(), lr=lr, weight_decay=0.)
         self.iteration, self.best, self.history = 0, (float('inf'), 0, None), dict(loss=[], iteration=[], heldout_rmse=[])
         self.settings = repr((module().digest, path, tuple(noise.shape), len(teacher), train, batch_size, lr, seed, eval_every, noise.double().sum().item(), teacher[-1].double().sum().item()))
@@ -162,7 +175,7 @@ class _Run:
         "Held-out RMSE of the present iterate; remembers the best."
         if self.history['iteration'][-1:] == [self.iteration]: return
         h = slice(self.train, None)
-        rmse = heldout_rmse(self.field, self.solver(), self.noise[h], None if self.cond is None else self.cond[h], self.teacher[-1, h].to(self.noise.device))
+        rmse = heldout_rmse(self.field, self.solver(), self.noise[h], None if self.cond is None else self.cond[h], self.teacher[-1, h], self.eval_batch_size)
         self.history['iteration'].append(self.iteration); self.history['heldout_rmse'].append(rmse)
         if rmse < self.best[0]: self.best = (rmse, self.iteration, {k: v.detach().clone() for k, v in self.module.named_parameters()})
 

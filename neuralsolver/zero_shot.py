@@ -7,20 +7,18 @@ __all__ = ['STOCK', 'GENEVAL_TAGS', 'make_scheduler', 'Rendering', 'check_render
            'contact_sheet', 'read_prompts', 'export_geneval', 'geneval_scores', 'image_scores', 'reported_scores']
 
 # %% ../nbs/17_zero_shot.ipynb #98f77edf
-import json, os
-from dataclasses import asdict, dataclass, field
+import json, os, re, shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Sequence
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
-import neuralsolver
-from .data import CLASSES
-from .diffusers import is_flow, MEAN_TRICKS
+from .diffusers import is_flow, MEAN_TRICKS, network_calls
 from .metrics import frechet_distance, import_torch_fidelity, precision_recall, statistics
-from .pipelines import generators, load_pipeline, prompt_arguments, RANDOM, scheduler_for, TRAINED
-from .utils import atomic_path, check_choice, check_float, check_int, data_file, sha256, write_json
+from .pipelines import generators, prompt_arguments, scheduler_for
+from .utils import atomic_path, check_choice, check_int, data_file, write_json
 
 # %% ../nbs/17_zero_shot.ipynb #b1dac440
 STOCK = ('own', 'euler', 'dpm++', 'unipc')
@@ -33,6 +31,7 @@ def make_scheduler(
     if name == 'own': return type(pipe.scheduler).from_config(pipe.scheduler.config)
     if name not in STOCK:
         solver, options = _options(name)
+        if options and not is_flow(pipe.scheduler.config): raise ValueError(f'{name!r}: shifts and mean tricks belong to flow pipelines, {type(pipe).__name__} is a DDPM one.')
         return scheduler_for(pipe, solver, **options)
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
     config = pipe.scheduler.config; flow = is_flow(config)
@@ -65,15 +64,20 @@ class Rendering:
     dtype: str = 'float32' # of the networks
 
     @property
-    def folder(self) -> str:
-        "SOLVER-STEPS, in letters that file names may have."
-        return f'{Path(self.solver).stem if self.solver.endswith(".json") else self.solver}-{self.steps}'
+    def folder(self) -> str: "SOLVER-STEPS, in characters that file names may have."; return re.sub(r'[^\w.+@-]+', '_', self.solver.replace('.json', '')) + f'-{self.steps}'
+
+    def arguments(self, pipe, indices: Sequence[int]) -> dict:
+        "Of `pipe(...)`, for some of the samples."
+        return prompt_arguments(pipe, [self.prompts[i] for i in indices], self.guidance, self.size) | dict(num_inference_steps=self.steps, generator=generators(indices, self.seed), output_type='np')
 
     def protocol(self, pipe) -> dict:
         "As it is written into the folder; names the numbers of our tables."
-        table = {} if self.solver in STOCK else dict(table=make_scheduler(pipe, self.solver).solver_for(self.steps, 0.).digest)
-        return json.loads(json.dumps(asdict(self) | table | dict(scheduler=type(make_scheduler(pipe, self.solver)).__name__)))
+        scheduler = make_scheduler(pipe, self.solver)
+        table = {} if self.solver in STOCK else dict(table=scheduler.solver_for(self.steps, 0.).digest)
+        return json.loads(json.dumps(asdict(self) | table | dict(scheduler=type(scheduler).__name__)))
 
+# %% ../nbs/17_zero_shot.ipynb #400d853e
+@torch.no_grad()
 def check_renderings(
     pipe, # with the scheduler it came with
     renderings: Sequence[Rendering], # what is going to be rendered
@@ -83,6 +87,10 @@ def check_renderings(
         check_int('steps', r.steps); prompt_arguments(pipe, r.prompts, r.guidance, r.size); r.protocol(pipe)
     names = [r.folder for r in renderings]
     if len(set(names)) < len(names): raise ValueError(f'solvers and steps name something twice: {", ".join(names)}.')
+    for r in renderings:
+        try: network_calls(pipe, make_scheduler(pipe, r.solver), r.arguments(pipe, [0]), first=True)
+        except (AssertionError, AttributeError, TypeError, ValueError) as e:
+            raise ValueError(f'{r.solver} with {r.steps} steps does not run in {type(pipe).__name__}: {e or type(e).__name__}') from e
 
 # %% ../nbs/17_zero_shot.ipynb #7fd08383
 @torch.no_grad()
@@ -96,8 +104,11 @@ def render(
     "Make the pictures that are not there yet."
     from PIL import Image
     folder, own, r = Path(folder), pipe.scheduler, rendering; card = folder / 'protocol.json'; protocol = r.protocol(pipe)
-    if card.exists() and json.loads(card.read_text()) != protocol:
-        raise ValueError(f'{folder} holds pictures of another run ({card} says which): give another name, or delete the folder.')
+    if card.exists():
+        there = json.loads(card.read_text()); short, long = sorted((there['prompts'], protocol['prompts']), key=len)
+        if there | dict(prompts=0) != protocol | dict(prompts=0) or long[:len(short)] != short: # more prompts may follow
+            raise ValueError(f'{folder} holds pictures of another run ({card} says which): give another name, or delete the folder.')
+        protocol['prompts'] = long
     write_json(card, protocol)
     missing = [i for i in range(len(r.prompts)) if not (folder / f'{i:06d}.png').exists()]
     pipe.scheduler = make_scheduler(pipe, r.solver)
@@ -105,8 +116,7 @@ def render(
     try:
         for start in range(0, len(missing), check_int('batch_size', batch_size)):
             batch = missing[start:start + batch_size]
-            images = pipe(**prompt_arguments(pipe, [r.prompts[i] for i in batch], r.guidance, r.size), num_inference_steps=r.steps,
-                          generator=generators(batch, r.seed), output_type='np').images
+            images = pipe(**r.arguments(pipe, batch)).images
             for i, image in zip(batch, (images * 255).round().astype(np.uint8)):
                 with atomic_path(folder / f'{i:06d}.png') as tmp: Image.fromarray(image.squeeze()).save(tmp, format='PNG')
             bar.update(len(batch))
@@ -115,48 +125,51 @@ def render(
 
 def read_images(
     folder: str | os.PathLike, # written by `render`
-    count: int | None = None, # the first so many; None = all
-) -> np.ndarray: # uint8 [N, H, W] or [N, H, W, 3]
-    "The pictures of a folder in the order of their indices."
+    count: int, # the first so many
+) -> np.ndarray: # uint8 [count, H, W] or [count, H, W, 3]
+    "The pictures with the indices 0 to count - 1."
     from PIL import Image
-    return np.stack([np.asarray(Image.open(p)) for p in sorted(Path(folder).glob('*.png'))[:count]])
+    files = [Path(folder) / f'{i:06d}.png' for i in range(count)]
+    if missing := [f.name for f in files if not f.exists()]: raise ValueError(f'{folder} lacks {len(missing)} of {count} pictures ({missing[0]}, ...): render them first.')
+    return np.stack([np.asarray(Image.open(f)) for f in files])
 
 # %% ../nbs/17_zero_shot.ipynb #ad76ec10
 def compare(
-    folder: str | os.PathLike, # with one folder SOLVER-STEPS for every rendering
-    reference: str, # name of the folder of the reference
-) -> pd.DataFrame: # solver, steps, rmse, rmse_sd over samples, samples
-    "Distance of every rendering of a folder to the reference."
-    folder = Path(folder); target = read_images(folder / reference).astype(np.float64) / 255; rows = []
-    for card in sorted(folder.glob('*/protocol.json')):
-        p = json.loads(card.read_text()); images = read_images(card.parent).astype(np.float64) / 255
-        each = np.sqrt(((images - target) ** 2).reshape(len(images), -1).mean(1))
-        rows.append(dict(folder=card.parent.name, solver=p['solver'], steps=p['steps'], rmse=np.sqrt((each ** 2).mean()), rmse_sd=each.std(ddof=1) if len(each) > 1 else None, samples=len(each)))
+    folder: str | os.PathLike, # with one folder a rendering
+    renderings: Sequence[Rendering], # what to compare
+    reference: Rendering, # with what
+) -> pd.DataFrame: # folder, solver, steps, rmse, rmse_sd over samples, samples
+    "Distance of renderings to the reference, over pixels in [0, 1]."
+    rows, read = [], lambda r: read_images(Path(folder) / r.folder, len(r.prompts)).astype(np.float64) / 255
+    target = read(reference)
+    for r in renderings:
+        if r.prompts != reference.prompts: raise ValueError(f'{r.folder} and {reference.folder} have different prompts.')
+        each = np.sqrt(((read(r) - target) ** 2).reshape(len(target), -1).mean(1))
+        rows.append(dict(folder=r.folder, solver=r.solver, steps=r.steps, rmse=np.sqrt((each ** 2).mean()), rmse_sd=each.std(ddof=1) if len(each) > 1 else None, samples=len(each)))
     return pd.DataFrame(rows)
 
+# %% ../nbs/17_zero_shot.ipynb #c72361f6
 def contact_sheet(
     folder: str | os.PathLike, # as in `compare`
     table: pd.DataFrame, # from `compare`
-    solvers: Sequence[str], # rows
-    steps: Sequence[int], # groups of columns
-    reference: str, # folder of the reference, the last row
+    reference: Rendering, # the last row
     columns: int, # samples shown in every group
-    captions: Sequence[str], # of the samples
     title: str, # of the sheet
 ):
     "Rows are schedulers, groups of columns step counts; in every group the same samples, from the same noise."
     import matplotlib.pyplot as plt
-    rmse, side, gap = table.set_index('folder').rmse, .85, .12
-    rows = [(name, [f'{name}-{n}' for n in steps]) for name in solvers] + [(f'reference:\n{reference}', [reference] * len(steps))]
+    steps, side, gap, captions = sorted(table.steps.unique()), .85, .12, reference.prompts
+    rows = [(name, [table[(table.solver == name) & (table.steps == n)].iloc[0] for n in steps]) for name in table.solver.unique()]
+    rows.append((f'reference:\n{reference.folder}', [pd.Series(dict(folder=reference.folder, rmse=0))] * len(steps)))
     width, height = len(steps) * (columns * side + gap) + 1.1, len(rows) * side + .75
     fig = plt.figure(figsize=(width, height))
-    for r, (name, folders) in enumerate(rows):
-        for g, (n, one) in enumerate(zip(steps, folders)):
-            for k, image in enumerate(read_images(Path(folder) / one, columns)):
+    for r, (name, cells) in enumerate(rows):
+        for g, (n, one) in enumerate(zip(steps, cells)):
+            for k, image in enumerate(read_images(Path(folder) / one.folder, columns)):
                 left, bottom = 1.1 + g * (columns * side + gap) + k * side, height - .75 - (r + 1) * side
                 ax = fig.add_axes([left / width, bottom / height, .97 * side / width, .97 * side / height]); ax.set_axis_off()
                 ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='nearest' if len(image) < 64 else None)
-                if k == 0 and rmse[one] > 0: ax.text(.03, .03, f'{rmse[one]:.3f}', transform=ax.transAxes, fontsize=5.5, color='w', bbox=dict(fc='k', ec='none', pad=1))
+                if k == 0 and one.rmse > 0: ax.text(.03, .03, f'{one.rmse:.3f}', transform=ax.transAxes, fontsize=5.5, color='w', bbox=dict(fc='k', ec='none', pad=1))
                 if r == 0: ax.set_title((f'{n} steps\n' if k == 0 else '') + (captions[k] if len(captions[k]) < 18 else captions[k][:16] + '...'), fontsize=5.5, loc='left', pad=2)
         fig.text(1.03 / width, (height - .75 - (r + .5) * side) / height, name, ha='right', va='center', fontsize=6.5)
     fig.text(.5, 1 - .1 / height, title + '; white: RMSE to the reference', ha='center', va='top', fontsize=7.5)
@@ -164,11 +177,15 @@ def contact_sheet(
 
 # %% ../nbs/17_zero_shot.ipynb #0a33ba51
 def read_prompts(
-    path: str | os.PathLike, # .txt: one a line; .jsonl: GenEval's metadata, one object with "prompt" a line; .json: COCO's captions
+    source: str | os.PathLike, # texts separated by semicolons; or a file, .txt: one a line; .jsonl: GenEval's metadata, one object with "prompt" a line; .json: COCO's captions
     limit: int | None = None, # the first so many; None = all
 ) -> list[dict]: # each with 'prompt'; GenEval's also with what its tool needs, COCO's with 'image_id'
-    "Prompts of a file. COCO: the first caption of every image, images in order of their ids."
-    path = Path(path)
+    "Prompts. COCO: the first caption of every image, images in order of their ids."
+    path = Path(source)
+    if path.suffix not in ('.txt', '.jsonl', '.json'):
+        texts = [p.strip() for p in str(source).split(';') if p.strip()]
+        if not texts: raise ValueError(f'prompts={source!r} is not allowed: give texts separated by semicolons, or a file.')
+        return [dict(prompt=t) for t in texts][:limit]
     if not path.is_file(): raise ValueError(f'prompts file {path} does not exist: give a .txt, .jsonl (GenEval) or .json (COCO captions) file.')
     text = path.read_text(encoding='utf-8')
     if path.suffix == '.json':
@@ -181,6 +198,7 @@ def read_prompts(
     if not found or any('prompt' not in f for f in found): raise ValueError(f'{path} has no prompts, or an entry without "prompt".')
     return found[:limit]
 
+# %% ../nbs/17_zero_shot.ipynb #f5611a18
 def export_geneval(
     folder: str | os.PathLike, # of a rendering with `per_prompt` samples for every prompt, one after the other
     prompts: Sequence[dict], # from `read_prompts`
@@ -188,15 +206,21 @@ def export_geneval(
     per_prompt: int = 4, # pictures of a prompt
 ) -> Path:
     "The same pictures in GenEval's layout (arXiv 2310.11513): 00000/metadata.jsonl, 00000/samples/00000.png, ..."
-    folder, out = Path(folder), Path(out)
+    folder, out = Path(folder), Path(out); read_images(folder, per_prompt * len(prompts)) # all there?
     for p, entry in enumerate(prompts):
         samples = out / f'{p:05d}/samples'; samples.mkdir(parents=True, exist_ok=True)
         (samples.parent / 'metadata.jsonl').write_text(json.dumps(entry) + '\n', encoding='utf-8')
         for k in range(per_prompt):
             target = samples / f'{k:05d}.png'
-            if not target.exists(): os.link(folder / f'{p * per_prompt + k:06d}.png', target) # one file under two names
+            if not target.exists(): _link(folder / f'{p * per_prompt + k:06d}.png', target)
     return out
 
+def _link(source: Path, target: Path):
+    "One file under two names; a copy where the file system has no links."
+    try: os.link(source, target)
+    except OSError: shutil.copyfile(source, target)
+
+# %% ../nbs/17_zero_shot.ipynb #3dd45544
 GENEVAL_TAGS = {'color_attr': 'Color.Attr', 'two_object': 'Two.Obj', 'position': 'Pos'} # the columns of table 4, in per cent
 
 def geneval_scores(
@@ -212,7 +236,7 @@ def geneval_scores(
 def image_scores(
     folder: str | os.PathLike, # of a rendering
     reference: str | os.PathLike, # folder of real images
-    weights: str | os.PathLike, # Inception weights of torch-fidelity (pt_inception-2015-12-05-6726825d.pth)
+    weights: str | os.PathLike, # Inception weights of torch-fidelity (weights-inception-2015-12-05-6726825d.pth)
     batch_size: int = 64, # images at a time
     device: str = 'cpu', # 'cpu' or 'cuda'
 ) -> dict[str, float]: # FID, IS, PR, Recall

@@ -1,15 +1,16 @@
 "Pipelines without network, pictures from them, and the notebooks zero_shot, text_to_image and pipeline_search with small parameters."
 import json
-from pathlib import Path
+from dataclasses import replace
+from functools import wraps
 import numpy as np, pandas as pd, pytest, torch
 import neuralsolver as ns
 from neuralsolver.data import CLASSES
-from neuralsolver.diffusers import convert_output, DiffusersField, FlowNeuralSolverScheduler, VPNeuralSolverScheduler, pipeline_field
+from neuralsolver.diffusers import FlowNeuralSolverScheduler, pipeline_field, VPNeuralSolverScheduler
 from neuralsolver.metrics import import_torch_fidelity
-from neuralsolver.paths import DDPMPath, VPPath
-from neuralsolver.pipelines import generators, load_pipeline, prompt_arguments, RANDOM, scheduler_for, TinyTransformer, trained_pipeline
+from neuralsolver.paths import DDPMPath
+from neuralsolver.pipelines import generators, load_pipeline, prompt_arguments, scheduler_for, TinyTransformer, trained_pipeline
 from neuralsolver.utils import data_file
-from neuralsolver.zero_shot import image_scores, make_scheduler, read_images, render, Rendering, reported_scores
+from neuralsolver.zero_shot import check_renderings, image_scores, make_scheduler, read_images, render, Rendering, reported_scores
 from test_search_notebook import in_process
 
 SMALL = dict(pipeline='sit-tiny', prompts='Sneaker; Bag', steps='5') # of all three notebooks
@@ -132,9 +133,10 @@ def test_stock_schedulers_keep_the_family_and_the_shift(name, own, caplog):
 
 def test_pictures_do_not_depend_on_batch_or_interruption(tmp_path):
     pipe = load_pipeline('random-sana'); r = Rendering('random-sana', ('a', 'b', 'c', 'd', 'e'), 'sit-xl-2', 5, 4.5)
-    whole = read_images(render(pipe, r, tmp_path / 'whole', batch_size=5, progress=False))
+    whole = read_images(render(pipe, r, tmp_path / 'whole', batch_size=5, progress=False), 5)
     call, calls = type(pipe).__call__, []
     class Killed(Exception): pass
+    @wraps(call)
     def dying(self, **kwargs):
         calls.append(1)
         if len(calls) == 2: raise Killed
@@ -142,8 +144,62 @@ def test_pictures_do_not_depend_on_batch_or_interruption(tmp_path):
     own = pipe.scheduler; pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {'__call__': dying})
     with pytest.raises(Killed): render(pipe, r, tmp_path / 'parts', batch_size=2, progress=False)
     assert len(list((tmp_path / 'parts').glob('*.png'))) == 2 and pipe.scheduler is own
-    parts = read_images(render(pipe, r, tmp_path / 'parts', batch_size=2, progress=False))
+    parts = read_images(render(pipe, r, tmp_path / 'parts', batch_size=2, progress=False), 5)
     assert np.abs(whole.astype(int) - parts).max() <= 1 and len(calls) == 4 # 8-bit rounding at most
+
+def test_more_prompts_may_follow_and_other_settings_may_not(tmp_path):
+    pipe = load_pipeline('random-sana'); r = Rendering('random-sana', ('a', 'b', 'c'), 'sit-xl-2', 5, 4.5)
+    render(pipe, replace(r, prompts=('a', 'b')), tmp_path / 'x', progress=False); before = (tmp_path / 'x/000001.png').stat().st_mtime_ns
+    render(pipe, r, tmp_path / 'x', progress=False); render(pipe, replace(r, prompts=('a',)), tmp_path / 'x', progress=False)
+    assert (tmp_path / 'x/000001.png').stat().st_mtime_ns == before and len(list((tmp_path / 'x').glob('*.png'))) == 3
+    assert json.loads((tmp_path / 'x/protocol.json').read_text())['prompts'] == ['a', 'b', 'c']
+    for other in (replace(r, prompts=('a', 'x')), replace(r, seed=1), replace(r, solver='flowdcn-b-2'), replace(r, guidance=2.)):
+        with pytest.raises(ValueError, match='another run'): render(pipe, other, tmp_path / 'x', progress=False)
+
+def test_what_a_pipeline_cannot_drive_is_refused_before_the_run():
+    "FLUX.1-schnell's static shift, and diffusers' own assertion."
+    pipe = load_pipeline('random-flux'); pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_dynamic_shifting=False); own = pipe.scheduler
+    with pytest.raises(ValueError, match=r'dpm\+\+ with 5 steps does not run in FluxPipeline'): check_renderings(pipe, [Rendering('x', ('a',), 'dpm++', 5)])
+    assert pipe.scheduler is own; check_renderings(pipe, [Rendering('x', ('a',), 'sit-xl-2+shift', 5), Rendering('x', ('a',), 'euler', 5)])
+
+@pytest.mark.parametrize('solver, folder', [('sit-xl-2+shift', 'sit-xl-2+shift-5'), ('out/my.json', 'out_my-5'), ('../a b.json+shift', '.._a_b+shift-5'), ('unipc-2@quadratic', 'unipc-2@quadratic-5')])
+def test_folder_names(solver, folder): assert Rendering('x', ('a',), solver, 5).folder == folder
+
+@pytest.mark.parametrize('name, arguments, message', [
+    ('dit-tiny', dict(prompts=['10']), 'is no class'), ('dit-tiny', dict(prompts=['Bag'], size=64), 'one size'), ('random-dit', dict(prompts=['1000']), 'numbers below 1000')])
+def test_prompts_and_sizes_that_would_be_ignored_are_refused(name, arguments, message):
+    with pytest.raises(ValueError, match=message): prompt_arguments(load_pipeline(name), **arguments)
+
+def test_devices_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match='device='): load_pipeline('random-dit', device='gpu')
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='no CUDA'): load_pipeline('random-dit', device='cuda')
+
+# Wan: two transformers, and guidance in calls of its own
+
+def tiny_wan(**kwargs):
+    import diffusers
+    torch.manual_seed(0)
+    def net(): return diffusers.WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=8, freq_dim=16,
+                                                       ffn_dim=16, num_layers=1, cross_attn_norm=True, qk_norm='rms_norm_across_heads', rope_max_seq_len=32).eval()
+    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]).eval()
+    own = diffusers.UniPCMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.)
+    pipe = diffusers.WanPipeline(None, None, vae, own, net(), net() if kwargs else None, **kwargs); pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+def wan_arguments(prompts, scale=1.):
+    embed = torch.stack([torch.randn(5, 8, generator=torch.Generator().manual_seed(len(p))) for p in prompts])
+    return dict(prompt_embeds=embed, negative_prompt_embeds=0 * embed, height=16, width=16, num_frames=1, guidance_scale=scale)
+
+def test_wan_runs_with_our_scheduler_and_gives_its_field():
+    pipe = tiny_wan(); ours = pipe.scheduler = scheduler_for(pipe, 'sit-xl-2'); assert ours.config.shift == 3
+    field, shape = pipeline_field(pipe, ['a', 'bb'], ours, wan_arguments)
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(3))
+    found = pipe(**wan_arguments(['bb', 'a']), latents=noise, num_inference_steps=6, output_type='latent').frames
+    with torch.no_grad(): expected = ns.sample(field, noise, ours.solver_for(6), torch.tensor([1, 0]))
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    with pytest.raises(ValueError, match='2 network calls.*switch its guidance off'): pipeline_field(pipe, ['a', 'bb'], ours, lambda p: wan_arguments(p, 5.))
+    with pytest.raises(ValueError, match='2 networks'): pipeline_field(tiny_wan(boundary_ratio=.9), ['a'], ours, wan_arguments)
 
 # scores of table 5
 
@@ -193,8 +249,8 @@ def test_zero_shot_writes_its_files_and_goes_on(tmp_path):
     small = SMALL | dict(per_prompt=1, baselines='euler', solvers='sit-xl-2', reference_steps=6, reports_dir=str(tmp_path))
     in_process('zero_shot', **small)
     table, card = pd.read_csv(tmp_path / 'zero_shot_sit-tiny.csv'), json.loads((tmp_path / 'zero_shot_sit-tiny.json').read_text())
-    assert sorted(table.folder) == ['euler-5', 'own-6', 'sit-xl-2-5'] and (table.samples == 2).all() and not card['random_weights']
-    first = read_images(tmp_path / 'zero_shot/sit-tiny/euler-5') / 255; last = read_images(tmp_path / 'zero_shot/sit-tiny/own-6') / 255
+    assert sorted(table.folder) == ['euler-5', 'sit-xl-2-5'] and (table.samples == 2).all() and not card['random_weights']
+    first = read_images(tmp_path / 'zero_shot/sit-tiny/euler-5', 2) / 255; last = read_images(tmp_path / 'zero_shot/sit-tiny/own-6', 2) / 255
     assert table.set_index('folder').rmse['euler-5'] == pytest.approx(np.sqrt(((first - last) ** 2).mean()), rel=1e-5)
     stamp = lambda: {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*.png') if p.parent != tmp_path}
     before = stamp(); in_process('zero_shot', **small); assert stamp() == before
