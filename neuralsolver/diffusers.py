@@ -434,11 +434,11 @@ class DiffusersField:
         self,
         model: torch.nn.Module, # `model(x, timestep=..., **conditions, return_dict=False)`: a transformer or UNet
         scheduler: NeuralSolverScheduler, # names the path, the prediction and the network's time; its solver does not matter
-        conditions: Mapping[str, torch.Tensor] | None = None, # arguments of the model with one row per prompt, [P, ...]; 'a.b' is entry b of a dictionary a
+        conditions: Mapping[str, torch.Tensor | list] | None = None, # arguments of the model with one row (or list item) per prompt, [P, ...]; 'a.b' is entry b of a dictionary a
         shared: Mapping | None = None, # further arguments, the same in every call; names as in `conditions`
         time_scale: float = 1.0, # the network is told this times the scheduler's timestep: 0.001 for Flux
         guidance_scale: float = 1.0, # classifier-free guidance; 1 = none
-        negative: Mapping[str, torch.Tensor] | None = None, # conditions of the unconditional branch, [1, ...] or [P, ...]
+        negative: Mapping[str, torch.Tensor | list] | None = None, # conditions of the unconditional branch, [1, ...] or [P, ...]
     ):
         if not isinstance(scheduler, NeuralSolverScheduler): raise ValueError(f'scheduler must be one of ours, not {type(scheduler).__name__}: try FlowNeuralSolverScheduler.from_config(pipe.scheduler.config).')
         self.model, self.scheduler, self.path, self.target = model, scheduler, scheduler.path, None
@@ -479,9 +479,10 @@ def __call__(
     "The guided prediction at state x and time t."
     if cond is None and self.rows - {1}: raise ValueError(f'the conditions have {max(self.rows)} rows: give cond, the row of every sample.')
     rows = torch.zeros(len(x), dtype=torch.int64, device=x.device) if cond is None else cond
-    picked = {k: v[rows] for k, v in self.conditions.items()}; inputs = x.to(self.dtype)
-    if self.guidance_scale != 1:
-        inputs, picked = torch.cat([inputs, inputs]), {k: torch.cat([self.negative[k][rows if len(self.negative[k]) > 1 else rows * 0], v]) for k, v in picked.items()}
+    pick = lambda v: v[rows if len(v) > 1 else rows * 0] if isinstance(v, torch.Tensor) else [v[r] for r in (rows if len(v) > 1 else rows * 0).tolist()]
+    join = lambda a, b: torch.cat([a, b]) if isinstance(a, torch.Tensor) else a + b
+    picked = {k: pick(v) for k, v in self.conditions.items()}; inputs = x.to(self.dtype)
+    if self.guidance_scale != 1: inputs, picked = torch.cat([inputs, inputs]), {k: join(pick(self.negative[k]), v) for k, v in picked.items()}
     told = (self.time_scale * self.scheduler._told(t)).float().expand(len(inputs))
     out = self.model(inputs, timestep=told, **_nested({**self.shared, **picked}), return_dict=False)[0]
     out = out[:, :x.shape[1]].to(x.dtype) # without learned variances; no change for packed tokens
@@ -535,7 +536,7 @@ def pipeline_field(
         return _flat(calls[0])
     one, more = recorded(list(prompts)), recorded([*prompts, prompts[0]]); P, x = len(prompts), one.pop(next(iter(one)))
     told = torch.as_tensor(one.pop('timestep')).flatten()[0].item(); one.pop('return_dict', None)
-    grew = lambda k, v: isinstance(v, torch.Tensor) and v.ndim and len(v) == P and len(more[k]) == P + 1
+    grew = lambda k, v: isinstance(v, (torch.Tensor, list)) and getattr(v, 'ndim', 1) and len(v) == P and len(more[k]) == P + 1
     scheduler.set_timesteps(steps)
     return DiffusersField(denoiser(pipe), scheduler, {k: v for k, v in one.items() if grew(k, v)}, {k: v for k, v in one.items() if not grew(k, v)},
                           float(f'{told / scheduler.timesteps[0].item():.2g}')), tuple(x.shape[1:]) # pipelines round times to their dtype

@@ -201,6 +201,45 @@ def test_wan_runs_with_our_scheduler_and_gives_its_field():
     with pytest.raises(ValueError, match='2 network calls.*switch its guidance off'): pipeline_field(pipe, ['a', 'bb'], ours, lambda p: wan_arguments(p, 5.))
     with pytest.raises(ValueError, match='2 networks'): pipeline_field(tiny_wan(boundary_ratio=.9), ['a'], ours, wan_arguments)
 
+# other pipelines that the README names, tiny
+
+def test_qwen_image_runs_and_gives_its_field():
+    "Always sends its default sigmas and mu; sizes of pictures come as a list, one a prompt."
+    import diffusers
+    torch.manual_seed(0)
+    net = diffusers.QwenImageTransformer2DModel(patch_size=2, in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(8, 4, 4))
+    vae = diffusers.AutoencoderKLQwenImage(base_dim=24, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, True], latents_mean=[0.] * 4, latents_std=[1.] * 4)
+    own = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=.02)
+    pipe = diffusers.QwenImagePipeline(own, vae.eval(), None, None, net.eval()); pipe.set_progress_bar_config(disable=True)
+    embed = lambda p: torch.stack([torch.randn(7, 16, generator=torch.Generator().manual_seed(len(s))) for s in p])
+    arguments = lambda p: dict(prompt_embeds=embed(p), prompt_embeds_mask=torch.ones(len(p), 7, dtype=torch.int64), true_cfg_scale=1., height=32, width=32)
+    ours = pipe.scheduler = scheduler_for(pipe, 'sit-xl-2'); field, shape = pipeline_field(pipe, ['a', 'bb'], ours, arguments)
+    assert 'img_shapes' in field.conditions and field.time_scale == .001
+    noise = torch.randn(3, *shape, generator=torch.Generator().manual_seed(3))
+    found = pipe(**arguments(['bb', 'a', 'bb']), latents=noise, num_inference_steps=6, output_type='latent').images
+    with torch.no_grad(): expected = ns.sample(field, noise, ours.solver_for(6), torch.tensor([1, 0, 1]))
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    with pytest.raises(ValueError, match='sigmas=.* are refused'): pipe(**arguments(['a']), sigmas=[1., .9, .5, .2, .1])
+    with pytest.raises(ValueError, match='shift_terminal=0.02.*compose_shift'): scheduler_for(pipe, 'sit-xl-2', compose_shift=True)
+
+@pytest.mark.parametrize('kind', ['StableDiffusionImg2ImgPipeline', 'StableDiffusionInpaintPipeline'])
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_stable_diffusion_starts_in_the_middle(kind):
+    import diffusers
+    torch.manual_seed(0)
+    net = diffusers.UNet2DConditionModel(block_out_channels=(8, 16), layers_per_block=1, sample_size=8, norm_num_groups=4, attention_head_dim=4, cross_attention_dim=16,
+                                         down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D')).eval()
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=8, down_block_types=('DownEncoderBlock2D',) * 2, up_block_types=('UpDecoderBlock2D',) * 2).eval()
+    own = diffusers.DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False, steps_offset=1)
+    pipe = getattr(diffusers, kind)(vae, None, None, net, own, None, None, requires_safety_checker=False); pipe.set_progress_bar_config(disable=True)
+    called = []; net.register_forward_pre_hook(lambda m, args, kwargs: called.append(float(args[1])), with_kwargs=True)
+    arguments = dict(image=torch.rand(1, 3, 16, 16), prompt_embeds=torch.randn(1, 5, 16), negative_prompt_embeds=torch.zeros(1, 5, 16), num_inference_steps=8, output_type='np')
+    if 'Inpaint' in kind: arguments |= dict(mask_image=torch.ones(1, 1, 16, 16), height=16, width=16)
+    pipe.scheduler = scheduler_for(pipe, 'unipc-2'); images = pipe(**arguments, strength=.5).images
+    assert np.isfinite(images).all() and called == pipe.scheduler.timesteps[4:].tolist()
+    with pytest.raises(ValueError, match='larger strength|strength'): pipe(**arguments, strength=.05)
+    with pytest.raises(ValueError, match="carry='time'"): scheduler_for(pipe, 'dit-xl-2')
+
 # scores of table 5
 
 @pytest.fixture(scope='module')
