@@ -14,7 +14,7 @@ _EXPORTS = {
     'exponential': ['ddim', 'dpm_solver', 'dpm_solver_pp', 'unipc', 'deis', 'ipndm', 'ipndm_v', 'optimized_nodes'],
     'neural': ['NeuralSolver', 'neural_solver', 'list_solvers', 'load_solver', 'save_solver', 'get_solver'],
     'solver_search': ['search', 'teacher_trajectories'],
-    'models': ['SiT', 'DiT', 'list_models', 'load_model'],
+    'models': ['SiT', 'DiT', 'FlowDCN', 'list_models', 'load_model'],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 _MODULES = [*_EXPORTS, 'utils', 'data', 'training', 'metrics', 'evaluate', 'figures', 'papermill_engine']

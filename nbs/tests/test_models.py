@@ -1,10 +1,11 @@
 "Networks against tensors made by the official code, exact fields against autograd and Bayes' rule."
-import json, math, shutil
+import argparse, json, math, shutil
 import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from neuralsolver.fields import Field, GaussianMixture, guide
-from neuralsolver.models import SIZES, DiT, SiT, list_models, load_model, load_weights
+from neuralsolver.models import (Checkpoint, CHECKPOINTS, SIZES, deformable_gather, DiT, FlowDCN, SiT, list_models, load_checkpoint, load_model, load_weights,
+                                  make_model, save_model)
 from neuralsolver.neural import get_solver, load_solver
 from neuralsolver.paths import LinearPath, VPPath
 from neuralsolver.solver_search import teacher_solver
@@ -70,6 +71,86 @@ def test_a_dit_is_told_1000_t_and_guided_on_three_channels_by_default():
     low.net.register_forward_pre_hook(lambda m, args: told.append(args[1])); low(x, torch.tensor(.7817), y)
     assert told[0].dtype == torch.float32 and abs(told[0][0].item() - 780.7) < 1e-3 # 780.7 would be 780 in bfloat16
 
+# FlowDCN against MCG-NJU/FlowDCN
+
+@pytest.fixture(scope='module')
+def dcn():
+    if not (data_root() / 'golden').is_dir(): pytest.skip('data/golden is not carried by the wheel')
+    path = data_root() / 'golden/flowdcn_small.safetensors'; tensors = load_file(path)
+    with safe_open(path, 'pt') as f: net = FlowDCN(**json.loads(f.metadata()['config'])).eval()
+    net.load_state_dict({k.removeprefix('params/'): v for k, v in tensors.items() if k.startswith('params/')}, strict=True)
+    return net, tensors
+
+@pytest.mark.parametrize('part', ['op', 'op_border', 'inter/blocks.0.op'])
+def test_the_deformable_operator(dcn, part):
+    g = dcn[1]; v, o, w, out = (g[part + ('_' if 'inter' in part else '/') + k] for k in ('value', 'offsets', 'weights', 'out'))
+    close(deformable_gather(v, o, w), out, 5e-6)
+
+def test_floor_would_be_another_operator(dcn):
+    "The golden data do tell the border rule: zero padding by floor is far off."
+    g = dcn[1]; points, value = g['op_border/points'], g['op_border/value']
+    B, H, W = points.shape[:3]; grid = torch.stack([2 * points[..., 0] / (W - 1) - 1, 2 * points[..., 1] / (H - 1) - 1], -1)
+    floor = torch.nn.functional.grid_sample(value[..., 0, :].permute(0, 3, 1, 2), grid, align_corners=True).permute(0, 2, 3, 1)
+    gap = (floor - g['op_border/out'][..., 0, :]).abs().amax(-1); inside = (points >= 0).all(-1)
+    assert gap[inside].max() < 1e-5 and gap.max() > 1
+
+def test_the_operator_has_the_right_gradients():
+    draw = lambda *shape, seed: torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    v, o, w = draw(1, 3, 2, 2, 3, seed=0), draw(1, 3, 2, 2, 4, 2, seed=1), draw(1, 3, 2, 2, 4, seed=2)
+    assert torch.autograd.gradcheck(lambda *a: deformable_gather(*a), (v, o, w))
+
+@torch.no_grad()
+def test_flowdcn_forward_intermediate_tensors_and_guidance(dcn):
+    net, g = dcn; found, hooks = {}, []
+    for name, module in net.named_modules():
+        if f'inter/{name}' in g: hooks.append(module.register_forward_hook(lambda m, i, o, name=name: found.update({name: o})))
+    try: close(net(g['x'], g['t'], g['y']), g['forward'])
+    finally:
+        for hook in hooks: hook.remove()
+    assert len(found) == 10
+    for name, value in found.items(): close(value, g[f'inter/{name}'], 2e-5)
+    uncond, cond = net(g['cfg/x'], g['cfg/t'], g['cfg/y']).chunk(2); scale = g['cfg/cfg_scale'].item()
+    close(torch.cat([uncond, cond]), g['cfg/model_out']); close(guide(cond, uncond, scale), g['cfg/guided_simple'], 2e-5); close(guide(cond, uncond, scale, 3), g['cfg/guided_c3'], 2e-5)
+    field = Field(net, guidance=scale) # what eval uses
+    for i in range(6): close(field(g['cfg/x'][6 + i:7 + i], g['cfg/t'][6 + i], g['cfg/y'][6 + i:7 + i]), g['cfg/guided_simple'][i:i + 1], 2e-5)
+
+@pytest.mark.parametrize('size', ['S', 'B', 'L', 'XL'])
+def test_flowdcn_keys_in_the_order_of_the_ema_lists(size):
+    if not (data_root() / 'golden').is_dir(): pytest.skip('data/golden is not carried by the wheel')
+    manifest = json.loads(data_file(f'golden/flowdcn_{size.lower()}_2.json').read_text())
+    with torch.device('meta'): net = make_model('FlowDCN', size)
+    assert [(k, list(p.shape)) for k, p in net.named_parameters()] == list(manifest['keys'].items()) and list(net.state_dict()) == list(manifest['keys'])
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == manifest['n_params_learnable']
+    assert [k for k, p in net.named_parameters() if not p.requires_grad] == manifest['not_learnable']
+
+@torch.no_grad()
+def test_flowdcn_takes_any_size(dcn):
+    "No position embedding; sides may differ."
+    net, g = dcn; x = torch.randn(1, 4, 12, 20, generator=torch.Generator().manual_seed(0))
+    assert net(x, torch.tensor([.5]), torch.tensor([1])).shape == x.shape
+    small = make_model('FlowDCN', 'tiny', 8, 2, 4, num_classes=3); row = small.y_embedder.embedding_table.weight
+    assert len(row) == 4 and small.y_embedder.dropout == 0 # a null class without dropout, as official
+    with pytest.raises(ValueError, match='num_groups=3 must divide'): FlowDCN(num_groups=3, hidden_size=64)
+    with pytest.raises(ValueError, match="architecture='Dit'"): make_model('Dit', 'XL')
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype, atol', [(torch.bfloat16, .03), (torch.float16, .004)])
+def test_flowdcn_in_half_precision(dcn, dtype, atol):
+    "The median: where the border rule jumps, rounding may move a sample to the other side."
+    net, g = dcn; low = FlowDCN(**net.config).eval(); low.load_state_dict(net.state_dict()); out = low.to(dtype)(g['x'].to(dtype), g['t'], g['y'])
+    gap = (out.float() - g['forward']).abs()
+    assert out.dtype == dtype and gap.median() < atol and gap.square().mean().sqrt() < 5 * atol
+
+def test_flowdcn_learns_and_is_saved(tmp_path):
+    torch.manual_seed(0); net = FlowDCN(1, 2, 16, 2, 7, 10, False, .1, 28); x, t, y = torch.randn(8, 1, 28, 28), torch.rand(8), torch.arange(8)
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-2); losses = []
+    for _ in range(60):
+        loss = (net(x, t, y) - x.flip(3)).square().mean(); optimizer.zero_grad(); loss.backward(); optimizer.step(); losses.append(loss.item())
+    assert losses[0] == pytest.approx(x.square().mean().item(), rel=1e-3) and losses[-1] < .5 * losses[0]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for k, p in net.named_parameters() if p.requires_grad)
+    save_model(net, net.state_dict(), tmp_path / 'd.safetensors', {}); again = load_weights(tmp_path / 'd.safetensors')
+    with torch.no_grad(): assert torch.equal(again(x, t, y), net.eval()(x, t, y))
+
 def test_keys_are_strict(golden):
     net, *_ = golden; state = net.state_dict()
     for broken in ({k: v for k, v in state.items() if k != 'pos_embed'}, state | {'ema': torch.zeros(1)}):
@@ -91,6 +172,69 @@ def test_vp_path_is_the_official_scheduler():
         t = torch.tensor(part['t'], dtype=F64)
         for name in part.keys() & {'alpha', 'sigma', 'beta'}:
             torch.testing.assert_close(getattr(path, name)(t), torch.tensor(part[name], dtype=F64), rtol=1e-12, atol=0)
+
+# Official checkpoints, in small: every layout, on the meta device as the large ones are made
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    "A 'checkpoint' of tiny size, and how to write it."
+    monkeypatch.setitem(SIZES, 'small', dict(depth=2, hidden_size=16, num_heads=2))
+    monkeypatch.setitem(CHECKPOINTS, 'small', Checkpoint('FlowDCN', 'small', 8, 'someone/FlowDCN', 'small.pt'))
+    monkeypatch.delenv('NEURALSOLVER_CHECKPOINTS', raising=False)
+    net = make_model('FlowDCN', 'small', 8); torch.manual_seed(0)
+    for p in net.parameters(): p.data.normal_()
+    return net, tmp_path / 'small.pt'
+
+def same(a, b): return list(a.state_dict()) == list(b.state_dict()) and all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+LAYOUTS = {
+    'plain': lambda net: net.state_dict(), 'module': lambda net: {f'module.{k}': v for k, v in net.state_dict().items()},
+    'ema before model': lambda net: dict(model={k: v * 0 for k, v in net.state_dict().items()}, ema=net.state_dict(), opt={}, args=argparse.Namespace(lr=.1)),
+    'model': lambda net: dict(model=net.state_dict()), 'state_dict': lambda net: dict(state_dict=net.state_dict(), epoch=3),
+    'ema list': lambda net: dict(state_dict={k: v * 0 for k, v in net.state_dict().items()}, optimizer_states=[dict(ema=[p.data for p in net.parameters()])])}
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_every_layout_of_a_checkpoint_loads(small, layout, monkeypatch):
+    net, path = small; torch.save(LAYOUTS[layout](net), path)
+    found = load_model('small', path=path); assert same(found, net) and not found.training and not any(p.requires_grad for p in found.parameters())
+    monkeypatch.setenv('NEURALSOLVER_CHECKPOINTS', str(path.parent)); assert same(load_model('small'), net)
+    save_file(net.state_dict(), path.with_suffix('.safetensors')); path.unlink(); assert same(load_model('small'), net)
+
+def test_a_checkpoint_that_does_not_fit_says_how(small):
+    net, path = small; state = net.state_dict()
+    for broken, message in ((dict(list(state.items())[1:]), 'missing x_embedder.proj.weight'), (state | {'more': torch.zeros(1)}, 'foreign more'),
+                            (state | {'blocks.0.norm1.weight': torch.zeros(3)}, r'blocks.0.norm1.weight \[3\] instead of \[16\]'), ({}, 'holds no weights'), ([1, 2], 'holds no weights'),
+                            (dict(optimizer_states=[dict(ema=[p.data for p in net.parameters()][1:])]), 'a list of 46 tensors does not fit the 47'),
+                            (dict(optimizer_states=[dict(ema=[p.data for p in net.parameters()][::-1])]), 'instead of')):
+        torch.save(broken, path)
+        with pytest.raises(ValueError, match=message): load_checkpoint(make_model('FlowDCN', 'small', 8), path)
+
+class Evil:
+    def __reduce__(self): return print, ('executed',)
+
+def test_a_checkpoint_cannot_run_code(small, capsys):
+    net, path = small; torch.save(dict(model=net.state_dict(), args=Evil()), path)
+    with pytest.raises(Exception, match='(?i)weights.only|unsupported'): load_model('small', path=path)
+    assert 'executed' not in capsys.readouterr().out
+
+def test_where_checkpoints_come_from(small, monkeypatch):
+    import neuralsolver.models as models
+    net, path = small
+    def offline(*args, **kwargs): raise OSError('no network')
+    monkeypatch.setattr(models, '_fetch', offline)
+    with pytest.raises(FileNotFoundError, match='small.pt could not be fetched from https://huggingface.co/someone/FlowDCN.*no network.*NEURALSOLVER_CHECKPOINTS'): load_model('small')
+    torch.save(net.state_dict(), path); monkeypatch.setattr(models, '_fetch', lambda c: str(path)); assert same(load_model('small'), net)
+    monkeypatch.setitem(CHECKPOINTS, 'small', CHECKPOINTS['small']._replace(sha256='0' * 64))
+    with pytest.raises(ValueError, match='is not 0000'): load_model('small')
+    assert same(load_model('small', path=path), net) # named by the user: another conversion of the same weights, say
+    with pytest.raises(FileNotFoundError, match='not there'): load_model('small', path=path.with_name('none.pt'))
+
+@pytest.mark.parametrize('name', CHECKPOINTS)
+def test_names_of_checkpoints_make_their_networks(name):
+    c = CHECKPOINTS[name]
+    with torch.device('meta'): net = make_model(c.architecture, c.size, c.input_size)
+    assert net.sample_shape == (4, 64 if '512' in name else 32, 64 if '512' in name else 32) and net.num_classes == 1000
+    assert name.startswith(c.architecture.lower()) and c.size.lower() in name.split('-')
 
 # Exact fields
 
