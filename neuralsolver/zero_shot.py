@@ -239,8 +239,8 @@ def image_scores(
     weights: str | os.PathLike, # Inception weights of torch-fidelity (weights-inception-2015-12-05-6726825d.pth)
     batch_size: int = 64, # images at a time
     device: str = 'cpu', # 'cpu' or 'cuda'
-) -> dict[str, float]: # FID, IS, PR, Recall
-    "Scores of table 5 by torch-fidelity on its Inception features (precision and recall: k = 3); real images are resized and cropped to the size of ours."
+) -> dict[str, float]: # FID, sFID, IS, PR, Recall
+    "Scores of table 5 by torch-fidelity on its Inception features (sFID: the first 7 channels of Mixed_6d at every place; precision and recall: k = 3); real images are resized and cropped to the size of ours."
     for name, path in (('reference', reference), ('weights', weights)):
         if not Path(path).exists(): raise ValueError(f'{name}={str(path)!r} does not exist: name the folder of real images and the weights file of torch-fidelity.')
     import_torch_fidelity()
@@ -248,10 +248,13 @@ def image_scores(
     from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
     cuda = check_choice('device', device, ('cpu', 'cuda')) == 'cuda'
     net = create_feature_extractor('inception-v3-compat', ['2048', 'logits_unbiased'], cuda=cuda, verbose=False, feature_extractor_weights_path=str(weights))
+    places = []; net.Mixed_6d.register_forward_hook(lambda module, inputs, out: places.append(out[:, :7].flatten(1).cpu()))
     ours, real = (get_featuresdict_from_dataset(_Pictures(*source), net, batch_size, cuda, save_cpu_ram=True, verbose=False)
                   for source in ((folder,), (reference, read_images(folder, 1).shape[1:3])))
+    places = torch.cat(places); spatial = places[:len(ours['2048'])], places[len(ours['2048']):]
     precision, recall = precision_recall(ours['2048'], real['2048'])
-    return dict(FID=frechet_distance(statistics(ours['2048']), statistics(real['2048'])), IS=isc_features_to_metric(ours['logits_unbiased'], splits=10)[KEY_METRIC_ISC_MEAN], PR=precision, Recall=recall)
+    return dict(FID=frechet_distance(statistics(ours['2048']), statistics(real['2048'])), sFID=frechet_distance(*map(statistics, spatial)),
+                IS=isc_features_to_metric(ours['logits_unbiased'], splits=10)[KEY_METRIC_ISC_MEAN], PR=precision, Recall=recall)
 
 class _Pictures(torch.utils.data.Dataset):
     "Images of a folder as uint8 [3, H, W]; others are resized by their shorter side and cropped to `size`."

@@ -1,7 +1,7 @@
 "search.ipynb and benchmark.ipynb as a user runs them, with small parameters."
 import json, os, subprocess, sys
 from pathlib import Path
-import matplotlib, pandas as pd, pytest, torch
+import matplotlib.pyplot, pandas as pd, pytest, torch
 from neuralsolver.neural import load_solver
 from neuralsolver.solvers import adam2, euler
 

@@ -269,7 +269,12 @@ def test_image_scores_are_those_of_the_features(inception, tmp_path):
     with torch.no_grad(): f, g = (net(torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2))[0].double().numpy() for x in (ours, real))
     root = np.sqrt(np.linalg.eigvals(np.cov(f.T) @ np.cov(g.T)).astype(complex)).real.sum()
     fid = ((f.mean(0) - g.mean(0)) ** 2).sum() + np.trace(np.cov(f.T)) + np.trace(np.cov(g.T)) - 2 * root
-    assert scores['FID'] == pytest.approx(fid, rel=1e-3) and set(scores) == {'FID', 'IS', 'PR', 'Recall'}
+    assert scores['FID'] == pytest.approx(fid, rel=1e-3) and set(scores) == {'FID', 'sFID', 'IS', 'PR', 'Recall'}
+    seen = []; handle = net.Mixed_6d.register_forward_hook(lambda m, i, o: seen.append(o)) # one call a set
+    with torch.no_grad(): [net(torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2)) for x in (ours, real)]
+    handle.remove(); f, g = (np.moveaxis(o[:, :7].double().numpy(), 1, 3).reshape(12, 17 * 17 * 7) for o in seen) # ADM's order: row, column, channel
+    centred = lambda v: (v - v.mean(0)) / 11 ** .5; product = np.linalg.svd(centred(f) @ centred(g).T, compute_uv=False).sum() # tr (S1 S2)^(1/2)
+    assert scores['sFID'] == pytest.approx(((f.mean(0) - g.mean(0)) ** 2).sum() + (centred(f) ** 2).sum() + (centred(g) ** 2).sum() - 2 * product, rel=1e-2)
     same = image_scores(a, a, weights); assert abs(same['FID']) < 1e-3 and same['PR'] == same['Recall'] == 1
 
 def test_real_images_of_other_sizes_are_fitted(tmp_path):
@@ -327,7 +332,7 @@ def test_text_to_image_scores_coco(tmp_path, inception):
     in_process('text_to_image', table='coco', prompts=str(tmp_path / 'c.json'), solvers='dit-xl-2', steps='5', per_prompt=1, reference=str(real),
                weights=str(inception[0]), reports_dir=str(tmp_path))
     scores = pd.read_csv(tmp_path / 'text_to_image_coco_random-pixart-sigma.csv').set_index('metric')
-    assert set(scores.index) == {'FID', 'IS', 'PR', 'Recall'} and scores.measured['FID'] > 0
+    assert set(scores.index) == {'FID', 'sFID', 'IS', 'PR', 'Recall'} and scores.measured['FID'] > 0
 
 def test_pipeline_search_makes_a_scheduler_that_loads(tmp_path, monkeypatch):
     small = SMALL | dict(steps='3,5', iterations=4, samples=8, heldout=4, batch_size=4, teacher_steps=10, eval_every=2, gradient_checkpointing=1, reports_dir=str(tmp_path))
@@ -337,7 +342,8 @@ def test_pipeline_search_makes_a_scheduler_that_loads(tmp_path, monkeypatch):
     found = {n: ns.load_solver(out / f'sit-tiny-{n}.json') for n in (3, 5)}
     assert {n: loaded.solver_for(n).digest for n in found} == {n: s.digest for n, s in found.items()} and pushed == [('me/solver', found[3].digest)]
     assert found[5].provenance['command'].startswith('papermill nbs/pipeline_search.ipynb -p pipeline sit-tiny')
-    table = pd.read_csv(tmp_path / 'pipeline_search/pipeline_search_sit-tiny.csv', index_col=0)
+    table = pd.read_csv(tmp_path / 'pipeline_search/pipeline_search_sit-tiny.csv', index_col=0); card = json.loads((tmp_path / 'pipeline_search/pipeline_search_sit-tiny.json').read_text())
+    assert card['network'] == 'TinyTransformer' and card['solvers'] == {str(n): s.digest for n, s in found.items()}
     assert (table.searched <= table.euler + 1e-9).all() and np.isnan(table['sit-xl-2'][3]) and table['sit-xl-2'][5] > 0
     for change, message in ((dict(steps='5;6'), 'steps='), (dict(init='dit-xl-2', steps='5'), 'coordinates on'), (dict(gradient_checkpointing=2), 'gradient_checkpointing=')):
         with pytest.raises(ValueError, match=message): in_process('pipeline_search', **small | dict(reports_dir=str(tmp_path / 'bad')) | change)
