@@ -149,7 +149,7 @@ class _Run:
         self.train, self.batch_size, self.seed, self.eval_batch_size = train, batch_size, seed, eval_batch_size
         self.optimizer = Lion(module.parameters(), lr=lr, weight_decay=0.)
         self.iteration, self.best, self.history = 0, (float('inf'), 0, None), dict(loss=[], iteration=[], heldout_rmse=[])
-        self.settings = repr((module().digest, path, tuple(noise.shape), len(teacher), train, batch_size, lr, seed, eval_every, noise.double().sum().item(), teacher[-1].double().sum().item()))
+        self.settings = repr((module().digest, path, tuple(noise.shape), len(teacher), train, batch_size, lr, seed, eval_every, *(f'{v.double().norm().item():.6g}' for v in (noise, teacher[-1])))) # digits that do not depend on the number of threads
 
     def solver(self, parameters=None, **kwargs) -> Solver:
         kwargs = self.form | kwargs
