@@ -16,9 +16,10 @@ def save_figure(
     fig, # matplotlib figure
     stem: str | os.PathLike, # path without suffix
 ):
-    "Write PNG and SVG, atomically."
+    "Write PNG and SVG, atomically; the same figure gives the same files."
+    from matplotlib import rc_context
     for suffix in ('.png', '.svg'):
-        with atomic_path(f'{stem}{suffix}') as tmp: fig.savefig(tmp, dpi=150, bbox_inches='tight', metadata={'Date': None} if suffix == '.svg' else None)
+        with atomic_path(f'{stem}{suffix}') as tmp, rc_context({'svg.hashsalt': 'neuralsolver'}): fig.savefig(tmp, dpi=150, bbox_inches='tight', metadata={'Date': None} if suffix == '.svg' else None)
 
 # %% ../nbs/13_figures.ipynb #9432597c
 def sample_grid(
