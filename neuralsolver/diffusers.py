@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Callable, Mapping
 import torch
 from fastcore.basics import patch
+from .fields import Field
 from .neural import CLASSICAL, EXPONENTIAL, get_solver, list_solvers, load_solver
 from .paths import DDPMPath, LinearPath, Path, ShiftedPath, VPPath
 from .solvers import change_path, COORDINATES, Solver
@@ -73,16 +74,20 @@ def _entry(
     return kept
 
 # %% ../nbs/15_diffusers.ipynb #bbf74ba3
+def _move(solver: Solver, nodes: torch.Tensor, path: Path) -> Solver:
+    "The same coefficients per unit of span, W / span, on other nodes."
+    if not (solver.span != 0).all(): raise ValueError(f'{solver.name!r} cannot be shifted to other nodes: it has stages without a step of their own, one evaluation a step is needed.')
+    span = COORDINATES[solver.coordinates].span(path, nodes[:-1], nodes[1:])
+    return replace(solver, nodes=nodes, weights=solver.weights * (span / solver.span)[:, None], path=path)
+
 def compose_shift(
     solver: Solver, # velocity coordinates on the linear path, every step of positive length
     shift: float, # s > 0; 1 changes nothing
 ) -> Solver: # the same M on the grid sigma -> s sigma / (1 + (s - 1) sigma)
     "Move a solver's grid by a shift (arXiv 2403.03206); its coefficients per unit of span stay."
     check_float('shift', shift, low=1e-6)
-    if (solver.path, solver.coordinates) != (LinearPath(), 'velocity') or not (solver.span > 0).all():
-        raise ValueError(f'{solver.name!r} cannot be shifted: a solver in velocity coordinates on the linear path, one evaluation a step, is needed.')
-    nodes = ShiftedPath(shift).alpha(solver.nodes)
-    return replace(solver, nodes=nodes, weights=solver.weights * (nodes.diff() / solver.span)[:, None])
+    if (solver.path, solver.coordinates) != (LinearPath(), 'velocity'): raise ValueError(f'{solver.name!r} cannot be shifted: a solver in velocity coordinates on the linear path is needed.')
+    return _move(solver, ShiftedPath(shift).alpha(solver.nodes), solver.path)
 
 # %% ../nbs/15_diffusers.ipynb #ee317f62
 class NeuralSolverScheduler(SchedulerMixin, ConfigMixin):
@@ -340,10 +345,7 @@ def keep_times(
     path: Path, # another one
 ) -> Solver: # the same times and coefficients there
     "A solver's times and its coefficients per unit of span on another path."
-    if solver.path == path: return solver
-    nodes = path.clamp(solver.nodes); span = COORDINATES[solver.coordinates].span(path, nodes[:-1], nodes[1:])
-    if not (solver.span != 0).all(): raise ValueError(f'{solver.name!r} has stages without a step of their own: its times alone do not determine it.')
-    return replace(solver, nodes=nodes, weights=solver.weights * (span / solver.span)[:, None], path=path)
+    return solver if solver.path == path else _move(solver, path.clamp(solver.nodes), path)
 
 # %% ../nbs/15_diffusers.ipynb #feb8fa72
 BETA_SCHEDULES = {'linear': 'linear', 'scaled_linear': 'scaled-linear', 'squaredcos_cap_v2': 'cosine'} # diffusers' names
@@ -449,11 +451,7 @@ class DiffusersField:
         if guidance_scale != 1 and self.negative.keys() != self.conditions.keys(): raise ValueError(f'guidance_scale={guidance_scale} needs negative conditions with the names {", ".join(self.conditions)}.')
         self.dtype = next(model.parameters()).dtype
 
-    def on(self, path: Path, coordinates: str) -> 'DiffusersField':
-        "The field as a solver wants it; ValueError if the solver belongs to another path."
-        if path != self.path: raise ValueError(f'the solver belongs to {path}, the field to {self.path}: re-express it with neuralsolver.change_path(solver, field.path).')
-        field = copy.copy(self); field.target = coordinates
-        return field
+    on = Field.on # the field as a solver wants it; ValueError if the solver belongs to another path
 
 def _nested(flat: Mapping) -> dict:
     "{'a.b': v} as {'a': {'b': v}}."

@@ -175,11 +175,12 @@ def _class_labels(pipe, prompts: Sequence[str]) -> list[int]:
 def _embeddings(pipe, prompts: Sequence[str]) -> dict:
     "What stands for prompts in the random pipelines."
     kind, net = type(pipe).__name__, denoiser(pipe); nothing = [''] * len(prompts)
+    random = sum(p.numel() for p in net.parameters()) < 1e6 # a real network must not be given noise for a prompt
+    if not random or not (hasattr(net.config, 'joint_attention_dim') or kind.startswith(('PixArt', 'Sana'))): raise ValueError(f'this {kind} has no text encoder: load it with one.')
     stack = lambda texts, *shape: torch.stack([embedding(t, shape, net.dtype) for t in texts]).to(net.device)
     if kind.startswith(('PixArt', 'Sana')):
         masks = torch.ones(len(prompts), 7, device=net.device); shape = 7, net.config.caption_channels
         return dict(prompt_embeds=stack(prompts, *shape), prompt_attention_mask=masks, negative_prompt=None, negative_prompt_embeds=stack(nothing, *shape), negative_prompt_attention_mask=masks)
-    if not hasattr(net.config, 'joint_attention_dim'): raise ValueError(f'{kind} has no text encoder: load it with one.')
     shapes = {'prompt_embeds': (7, net.config.joint_attention_dim), 'pooled_prompt_embeds': (net.config.pooled_projection_dim,)}
     out = {name: stack(prompts, *shape) for name, shape in shapes.items()}
     return out if kind == 'FluxPipeline' else out | {f'negative_{name}': stack(nothing, *shape) for name, shape in shapes.items()}

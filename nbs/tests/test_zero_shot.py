@@ -10,7 +10,7 @@ from neuralsolver.metrics import import_torch_fidelity
 from neuralsolver.paths import DDPMPath
 from neuralsolver.pipelines import generators, load_pipeline, prompt_arguments, scheduler_for, TinyTransformer, trained_pipeline
 from neuralsolver.utils import data_file
-from neuralsolver.zero_shot import check_renderings, image_scores, make_scheduler, read_images, render, Rendering, reported_scores
+from neuralsolver.zero_shot import check_renderings, image_scores, make_scheduler, picture_files, read_image, render, Rendering, reported_scores
 from test_search_notebook import in_process
 
 SMALL = dict(pipeline='sit-tiny', prompts='Sneaker; Bag', steps='5') # of all three notebooks
@@ -22,6 +22,8 @@ def latents(pipe, **arguments):
     try: pipe(**arguments, output_type='np')
     finally: del pipe.vae.decode
     return heard[0]
+
+def read_images(folder, count): return np.stack([read_image(f) for f in picture_files(folder, count)])
 
 # the trained pipelines
 
@@ -170,6 +172,17 @@ def test_folder_names(solver, folder): assert Rendering('x', ('a',), solver, 5).
 def test_prompts_and_sizes_that_would_be_ignored_are_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message): prompt_arguments(load_pipeline(name), **arguments)
 
+def test_a_real_network_is_not_given_noise_for_a_prompt():
+    pipe = load_pipeline('random-sd3'); pipe.transformer.register_module('large', torch.nn.Linear(1000, 1000))
+    with pytest.raises(ValueError, match='no text encoder'): prompt_arguments(pipe, ['a cat'])
+
+def test_scores_are_of_the_samples_named(inception, tmp_path, monkeypatch):
+    "A folder may hold more samples than this run's prompts."
+    import neuralsolver.zero_shot as module
+    seen = []; monkeypatch.setattr(module, 'image_scores', lambda files, *args, **kwargs: seen.append(len(files)) or {'FID': 1.})
+    small = dict(table='coco', prompts='a; b; c', solvers='dit-xl-2', steps='5', per_prompt=1, reference=str(tmp_path), weights=str(inception[0]), reports_dir=str(tmp_path))
+    in_process('text_to_image', **small); in_process('text_to_image', **small | dict(limit=2)); assert seen == [3, 2]
+
 def test_devices_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match='device='): load_pipeline('random-dit', device='gpu')
     if not torch.cuda.is_available():
@@ -265,7 +278,7 @@ def test_image_scores_are_those_of_the_features(inception, tmp_path):
     ours = [rng.integers(0, 255, (24, 24, 3), dtype=np.uint8) for _ in range(12)]
     real = [np.clip(rng.normal(100, 20, (24, 24, 3)), 0, 255).astype(np.uint8) for _ in range(12)]
     a, b = folder_of(tmp_path / 'a', ours), folder_of(tmp_path / 'b', real)
-    scores = image_scores(a, b, weights, batch_size=5)
+    scores = image_scores(picture_files(a, 12), b, weights, batch_size=5)
     with torch.no_grad(): f, g = (net(torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2))[0].double().numpy() for x in (ours, real))
     root = np.sqrt(np.linalg.eigvals(np.cov(f.T) @ np.cov(g.T)).astype(complex)).real.sum()
     fid = ((f.mean(0) - g.mean(0)) ** 2).sum() + np.trace(np.cov(f.T)) + np.trace(np.cov(g.T)) - 2 * root
@@ -275,12 +288,12 @@ def test_image_scores_are_those_of_the_features(inception, tmp_path):
     handle.remove(); f, g = (np.moveaxis(o[:, :7].double().numpy(), 1, 3).reshape(12, 17 * 17 * 7) for o in seen) # ADM's order: row, column, channel
     centred = lambda v: (v - v.mean(0)) / 11 ** .5; product = np.linalg.svd(centred(f) @ centred(g).T, compute_uv=False).sum() # tr (S1 S2)^(1/2)
     assert scores['sFID'] == pytest.approx(((f.mean(0) - g.mean(0)) ** 2).sum() + (centred(f) ** 2).sum() + (centred(g) ** 2).sum() - 2 * product, rel=1e-2)
-    same = image_scores(a, a, weights); assert abs(same['FID']) < 1e-3 and same['PR'] == same['Recall'] == 1
+    same = image_scores(picture_files(a, 12), a, weights); assert abs(same['FID']) < 1e-3 and same['PR'] == same['Recall'] == 1
 
 def test_real_images_of_other_sizes_are_fitted(tmp_path):
     from neuralsolver.zero_shot import _Pictures
     real = folder_of(tmp_path / 'b', [np.full((40, 60, 3), 7, np.uint8), np.full((90, 30), 9, np.uint8)])
-    assert [tuple(p.shape) for p in _Pictures(real, (24, 24))] == [(3, 24, 24)] * 2
+    assert [tuple(p.shape) for p in _Pictures(picture_files(real, 2), (24, 24))] == [(3, 24, 24)] * 2
 
 @pytest.mark.parametrize('where, rows', [('table 4', 24), ('table 5', 45)])
 def test_reported_scores_are_in_the_file(where, rows):
