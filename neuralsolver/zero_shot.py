@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 from .diffusers import is_flow, MEAN_TRICKS, network_calls
-from .metrics import frechet_distance, import_torch_fidelity, precision_recall, statistics
+from .inception import ENDINGS, image_metrics, ImageReference, Inception
+from .metrics import moments
 from .pipelines import generators, prompt_arguments, scheduler_for
 from .utils import atomic_path, check_choice, check_int, data_file, write_json
 
@@ -245,21 +246,20 @@ def image_scores(
     batch_size: int = 64, # images at a time
     device: str = 'cpu', # 'cpu' or 'cuda'
 ) -> dict[str, float]: # FID, sFID, IS, PR, Recall
-    "Scores of table 5 by torch-fidelity on its Inception features (sFID: the first 7 channels of Mixed_6d at every place; precision and recall: k = 3); real images are resized and cropped to the size of ours."
+    "Scores of table 5 on Inception features, as in `13_inception`; real images are resized and cropped to the size of ours."
     for name, path in (('reference', reference), ('weights', weights)):
         if not Path(path).exists(): raise ValueError(f'{name}={str(path)!r} does not exist: name the folder of real images and the weights file of torch-fidelity.')
-    import_torch_fidelity()
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
-    from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
-    cuda = check_choice('device', device, ('cpu', 'cuda')) == 'cuda'
-    net = create_feature_extractor('inception-v3-compat', ['2048', 'logits_unbiased'], cuda=cuda, verbose=False, feature_extractor_weights_path=str(weights))
-    places = []; net.Mixed_6d.register_forward_hook(lambda module, inputs, out: places.append(out[:, :7].flatten(1).cpu()))
-    ours, real = (get_featuresdict_from_dataset(_Pictures(*source), net, batch_size, cuda, save_cpu_ram=True, verbose=False)
-                  for source in ((files,), (sorted(p for p in Path(reference).iterdir() if p.suffix.lower() in ('.png', '.jpg', '.jpeg')), read_image(files[0]).shape[:2])))
-    places = torch.cat(places); spatial = places[:len(ours['2048'])], places[len(ours['2048']):]
-    precision, recall = precision_recall(ours['2048'], real['2048'])
-    return dict(FID=frechet_distance(statistics(ours['2048']), statistics(real['2048'])), sFID=frechet_distance(*map(statistics, spatial)),
-                IS=isc_features_to_metric(ours['logits_unbiased'], splits=10)[KEY_METRIC_ISC_MEAN], PR=precision, Recall=recall)
+    extractor = Inception(weights, check_choice('device', device, ('cpu', 'cuda')))
+    real = sorted(p for p in Path(reference).iterdir() if p.suffix.lower() in ENDINGS)
+    ours, theirs = (_heads(_Pictures(*source), extractor, batch_size) for source in ((files,), (real, read_image(files[0]).shape[:2])))
+    known = ImageReference(*moments(theirs['features']), *moments(theirs['spatial']), theirs['features'], len(real), str(reference))
+    scores = image_metrics(ours, known, device)
+    return dict(FID=scores['fid'], sFID=scores['sfid'], IS=scores['is'], PR=scores['precision'], Recall=scores['recall'])
+
+def _heads(pictures, extractor: Inception, batch_size: int) -> dict[str, torch.Tensor]:
+    "The heads of all pictures; a few thousand fit into memory."
+    with torch.random.fork_rng(devices=[]): parts = [extractor(batch) for batch in torch.utils.data.DataLoader(pictures, batch_size)] # a DataLoader draws a seed
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 class _Pictures(torch.utils.data.Dataset):
     "Image files as uint8 [3, H, W]; with `size` resized by their shorter side and cropped."

@@ -2,10 +2,14 @@
 import json, re, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
-from neuralsolver.evaluate import Protocol, evaluate, write_reports
+from neuralsolver.evaluate import evaluate, Protocol, write_reports
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERMILL = str(Path(sys.executable).parent / 'papermill')
+def reports(protocol, folder):
+    shards = folder / 'shards'
+    return write_reports(protocol, *evaluate(protocol, False, shards), folder, shards)
+
 SMALL = dict(steps=5, model='fashion-mixture', samples=40, seeds='0,1', solvers='euler,adam2,flowdcn-b-2', teacher_steps=10)
 
 def run(out, notebook='nbs/eval.ipynb', **parameters):
@@ -20,18 +24,18 @@ def first(tmp_path_factory):
 
 def test_files_and_columns(first):
     wanted = {f'eval_fashion-mixture_5{s}' for s in ('.csv', '.json', '.md', '_samples.npz', '_samples.png', '_samples.svg', '_tradeoff.png', '_tradeoff.svg')}
-    assert {p.name for p in first.iterdir()} == wanted | {'executed.ipynb'}
+    assert {p.name for p in first.iterdir()} == wanted | {'executed.ipynb', 'shards'}
     t = pd.read_csv(first / 'eval_fashion-mixture_5.csv').set_index('solver')
     assert {'model', 'steps', 'nfe', 'guidance', 'params', 'samples', 'fd', 'fd_sd', 'is', 'precision', 'recall', 'kid', 'rmse', 'seconds', 'reported_fid'} <= set(t.columns)
     assert list(t.index) == ['euler', 'adam2', 'flowdcn-b-2', 'teacher', 'real']
     assert t.rmse['teacher'] == 0 and t.reported_fid['adam2'] == 8.96 and t.reported_fid['flowdcn-b-2'] == 4.92 and np.isnan(t.reported_fid['euler'])
     protocol = json.loads((first / 'eval_fashion-mixture_5.json').read_text())
-    assert protocol['counts'] == [20, 20] and re.fullmatch('[0-9a-f]{64}', protocol['weights']['fashion_mixture.npz'])
+    assert protocol['counts'] == [20, 20] and re.fullmatch('[0-9a-f]{64}', protocol['identity']['weights'])
 
 @pytest.mark.parametrize('batch_size', [250, 7])
 def test_same_seeds_same_table_whatever_the_batch_size(first, tmp_path, batch_size):
     protocol = Protocol(**SMALL, batch_size=batch_size)
-    stem = write_reports(protocol, *evaluate(protocol, progress=False), tmp_path)
+    stem = reports(protocol, tmp_path)
     a, b = (pd.read_csv(p).drop(columns='seconds') for p in (first / 'eval_fashion-mixture_5.csv', f'{stem}.csv'))
     if batch_size == 250: pd.testing.assert_frame_equal(a, b, check_exact=True)
     else: pd.testing.assert_frame_equal(a, b, rtol=1e-3, atol=1e-3)
@@ -44,14 +48,14 @@ def test_bad_values_fail_at_once(tmp_path, parameters, message):
 
 def test_left_out_rows_are_said(tmp_path):
     protocol = Protocol(**{**SMALL, 'steps': 4, 'solvers': 'default', 'samples': 20, 'teacher_steps': 4})
-    stem = write_reports(protocol, *evaluate(protocol, progress=False), tmp_path)
+    stem = reports(protocol, tmp_path)
     assert 'flowdcn-b-2' in json.loads(stem.with_name(stem.name + '.json').read_text())['left_out']
     assert 'Left out: sit-xl-2, no table for 4 steps' in stem.with_name(stem.name + '.md').read_text()
 
 @pytest.fixture(scope='module')
 def table_2(tmp_path_factory):
     protocol = Protocol('dit-tiny', 5, samples=16, seeds='0,1', teacher_steps=10)
-    stem = write_reports(protocol, *evaluate(protocol, progress=False), tmp_path_factory.mktemp('table_2'))
+    stem = reports(protocol, tmp_path_factory.mktemp('table_2'))
     return protocol, stem, pd.read_csv(f'{stem}.csv').set_index('solver')
 
 def test_table_2_has_its_rows_and_says_what_is_unusual_about_them(table_2):
@@ -62,7 +66,7 @@ def test_table_2_has_its_rows_and_says_what_is_unusual_about_them(table_2):
     assert t.reported_fid['dit-xl-2'] == 7.4 and t.reported_fid['unipc-3@optimized'] == 8.66 and t.reported_fid['dpm-solver++3m@log-snr'] == 38.04
     text = stem.with_name(stem.name + '.md').read_text(); written = json.loads(stem.with_name(stem.name + '.json').read_text())
     assert 'dpm-solver-3@log-snr: its 5 evaluations make 2 steps.' in text and 'teacher ddim-10' in text
-    assert written['teacher'] == 'ddim-10' and 'VPPath' in written['path'] and re.fullmatch('[0-9a-f]{64}', written['weights']['dit-tiny.safetensors'])
+    assert written['teacher'] == 'ddim-10' and 'VPPath' in written['identity']['path'] and re.fullmatch('[0-9a-f]{64}', written['identity']['weights'])
 
 def test_optimised_steps_do_not_depend_on_the_start_at_five(table_2):
     "As in the paper's table 2, where the two -opt rows are equal at N = 5."

@@ -6,8 +6,8 @@ import numpy as np, pytest, torch
 from safetensors.torch import load_file, save_file
 from neuralsolver.data import fashion_mnist, to_float
 from neuralsolver.metrics import (Features, Reference, compute_metrics, extract, extractor_name, frechet_distance, import_torch_fidelity,
-                                  inception_score, kernel_distance, load_classifier, load_reference, precision_recall, read_card,
-                                  real_test, register_extractor, statistics)
+                                  import_torch_fidelity, inception_score, inside_share, kernel_distance, load_classifier, load_reference, manifold_radii, Moments, precision_recall, read_card,
+                                  moments, real_test, register_extractor)
 from neuralsolver.utils import data_file, data_root
 
 @pytest.fixture(scope='module')
@@ -33,7 +33,7 @@ def symmetric_frechet(one, two):
 @pytest.mark.parametrize('case, key, rel', [('fid16', 'dim16', 1e-6), ('fid64', 'dim64', 1e-6), ('fid64_singular', 'dim64_singular', 1e-5)])
 def test_frechet_distance_is_adms(golden, case, key, rel):
     expected, tensors = golden
-    one, two = (statistics(tensors[f'{case}/x{i}']) for i in (1, 2))
+    one, two = (moments(tensors[f'{case}/x{i}']) for i in (1, 2))
     for i, (mu, sigma) in enumerate((one, two), 1):
         assert torch.allclose(mu, tensors[f'{case}/mu{i}'].double(), rtol=1e-6, atol=1e-6)
         assert torch.allclose(sigma, tensors[f'{case}/sigma{i}'], rtol=1e-10, atol=1e-12)
@@ -44,7 +44,7 @@ def test_frechet_distance_is_adms(golden, case, key, rel):
 
 @pytest.mark.parametrize('n', [8, 30, 64, 65, 300])
 def test_frechet_distance_on_our_features_below_and_above_their_dimension(n):
-    features = statistics(real_test(n)[0].features)
+    features = moments(real_test(n)[0].features)
     assert frechet_distance(features, load_reference()[:2]) == pytest.approx(symmetric_frechet(features, load_reference()[:2]), rel=1e-6)
 
 def test_inception_score_is_adms(golden):
@@ -60,8 +60,8 @@ def test_inception_score_splits_at_5000_as_adm():
     p = logits.double().softmax(1)
     score = lambda p: ((p * (p / p.mean(0)).log()).sum(1).mean().exp()).item()
     assert inception_score(logits[:5000]) == pytest.approx(score(p[:5000]), rel=1e-12)
-    assert inception_score(logits) == pytest.approx((score(p[:5000]) + score(p[5000:])) / 2, rel=2e-3) # torch-fidelity shuffles first
-    assert inception_score(logits) != pytest.approx(score(p), rel=1e-9) # and it is not one split
+    assert inception_score(logits) == pytest.approx((score(p[:5000]) + score(p[5000:])) / 2, rel=1e-12)
+    assert inception_score(logits[:6000]) == pytest.approx((score(p[:5000]) + score(p[5000:6000])) / 2, rel=1e-12) # a shorter last split counts as much
 
 def test_precision_and_recall_are_adms(golden):
     expected, tensors = golden
@@ -70,6 +70,54 @@ def test_precision_and_recall_are_adms(golden):
     assert precision == pytest.approx(expected['precision_recall']['precision'], abs=1e-6)
     assert recall == pytest.approx(expected['precision_recall']['recall'], abs=1e-6)
     assert expected['precision_recall']['precision'] != expected['precision_recall']['recall'] # so the order matters
+
+def test_radii_are_adms(golden):
+    tensors = golden[1]
+    for name in ('sample', 'ref'): assert torch.allclose(manifold_radii(tensors[f'pr/features_{name}']), tensors[f'pr/radii_{name}'].double().flatten(), rtol=1e-5)
+
+@pytest.mark.parametrize('n, m, d', [(400, 300, 64), (37, 90, 5), (300, 280, 2048)])
+def test_everything_agrees_with_torch_fidelity_on_the_same_features(n, m, d):
+    import_torch_fidelity()
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+    g = torch.Generator().manual_seed(n); a, b = torch.randn(n, d, generator=g), torch.randn(m, d, generator=g) * (1.1 if d < 2048 else 1) + (.1 if d < 2048 else 0)
+    theirs = prc_features_to_metric(a, b, prc_neighborhood=3, verbose=False); assert precision_recall(a, b) == pytest.approx((theirs['precision'], theirs['recall']), rel=1e-6) and 0 < theirs['recall']
+    assert inception_score(a) == pytest.approx(isc_features_to_metric(a.double(), splits=1)['inception_score_mean'], rel=1e-6)
+    if d < 2048 and n > d: # theirs takes the eigenvalues of a product that is not symmetric; slow for 2048, and loses digits where it is singular
+        assert frechet_distance(moments(a), moments(b)) == pytest.approx(fid_statistics_to_metric(*(fid_features_to_statistics(v.double()) for v in (a, b)), verbose=False)['frechet_inception_distance'], rel=1e-6)
+
+def test_frechet_distance_of_2048_singular_dimensions():
+    "Against the singular values of the centred rows: tr (S1 S2)^1/2 = |X Y^T| in the nuclear norm."
+    g = torch.Generator().manual_seed(0); a, b = torch.randn(60, 2048, generator=g, dtype=torch.float64), 2 * torch.randn(70, 2048, generator=g, dtype=torch.float64)
+    x, y = ((v - v.mean(0)) / (len(v) - 1) ** .5 for v in (a, b))
+    want = (a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * torch.linalg.svdvals(x @ y.T).sum()
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(want.item(), rel=1e-5)
+
+class Counting:
+    "A source that says which rows were asked for."
+    def __init__(self, rows): self.rows, self.longest = rows, 0
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, part):
+        a, b, step = part.indices(len(self)); assert step == 1; self.longest = max(self.longest, b - a)
+        return self.rows[part]
+
+def test_sources_are_read_in_blocks_and_give_the_same_numbers():
+    g = torch.Generator().manual_seed(0); a, b = torch.randn(9500, 6, generator=g), torch.randn(4200, 6, generator=g); ca, cb = Counting(a), Counting(b)
+    assert all(torch.equal(x, y) for x, y in zip(moments(a), moments(ca))) and ca.longest == 1000
+    assert inception_score(ca) == inception_score(a) and ca.longest == 5000; ca.longest = 0
+    assert precision_recall(ca, cb) == precision_recall(a, b) and ca.longest <= 4000 and cb.longest <= 4000
+    small = dict(size=700); assert torch.allclose(manifold_radii(a, **small), manifold_radii(a), rtol=1e-12) # other blocks
+    assert torch.allclose(manifold_radii(a[:800]), torch.cdist(a[:800].double(), a[:800].double(), compute_mode='donot_use_mm_for_euclid_dist').square().topk(4, largest=False)[0][:, -1], rtol=1e-9)
+    assert inside_share(a[:900], b[:900], manifold_radii(b[:900]), **small) == pytest.approx(((torch.cdist(a[:900].double(), b[:900].double()) <= manifold_radii(b[:900]).sqrt()).any(1).sum() / 900).item(), abs=1e-7)
+
+@pytest.mark.parametrize('shift', [0, 1e4])
+def test_moments_are_numpys_however_the_rows_come(shift):
+    rows = shift + torch.randn(2345, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64); want = np.cov(rows.numpy().T)
+    for size in (1, 10, 999, 2345):
+        m = Moments(7)
+        for part in rows.split(size): m.add(part)
+        assert np.allclose(m.result()[0], rows.mean(0), rtol=1e-13) and np.allclose(m.result()[1], want, atol=1e-10)
 
 def test_kernel_distance_is_the_unbiased_estimator():
     g = torch.Generator().manual_seed(0)
@@ -108,7 +156,7 @@ def test_public_entry_point_of_torch_fidelity_gives_the_same(images):
     theirs_kid = fidelity.calculate_metrics(input1=RGB(fake), input2=RGB(real), feature_extractor=register_extractor(), cuda=False,
                                             kid=True, kid_subsets=20, kid_subset_size=100, cache=False, save_cpu_ram=True, verbose=False)
     x, y = extract(fake), extract(real)
-    ours = compute_metrics(x, reference=Reference(*statistics(y.features), y.features.double()))
+    ours = compute_metrics(x, reference=Reference(*moments(y.features), y.features.double()))
     assert ours['fd'] == pytest.approx(theirs[fidelity.KEY_METRIC_FID], rel=1e-4) # their means are float32
     assert ours['is'] == pytest.approx(theirs[fidelity.KEY_METRIC_ISC_MEAN], rel=1e-6)
     assert ours['kid'] == pytest.approx(theirs_kid[fidelity.KEY_METRIC_KID_MEAN], rel=1e-3)

@@ -4,7 +4,8 @@ import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from neuralsolver.fields import Field, GaussianMixture, guide
-from neuralsolver.models import (Checkpoint, CHECKPOINTS, SIZES, deformable_gather, DiT, FlowDCN, SiT, list_models, load_checkpoint, load_model, load_weights,
+from neuralsolver.kernels import deformable_gather
+from neuralsolver.models import (Checkpoint, CHECKPOINTS, SIZES, DiT, FlowDCN, SiT, list_models, load_checkpoint, load_model, load_weights,
                                   make_model, save_model)
 from neuralsolver.neural import get_solver, load_solver
 from neuralsolver.paths import LinearPath, VPPath
@@ -218,12 +219,12 @@ def test_a_checkpoint_cannot_run_code(small, capsys):
     assert 'executed' not in capsys.readouterr().out
 
 def test_where_checkpoints_come_from(small, monkeypatch):
-    import neuralsolver.models as models
+    import neuralsolver.utils as utils
     net, path = small
     def offline(*args, **kwargs): raise OSError('no network')
-    monkeypatch.setattr(models, '_fetch', offline)
+    monkeypatch.setattr(utils, '_fetch', offline)
     with pytest.raises(FileNotFoundError, match='small.pt could not be fetched from https://huggingface.co/someone/FlowDCN.*no network.*NEURALSOLVER_CHECKPOINTS'): load_model('small')
-    torch.save(net.state_dict(), path); monkeypatch.setattr(models, '_fetch', lambda c: str(path)); assert same(load_model('small'), net)
+    torch.save(net.state_dict(), path); monkeypatch.setattr(utils, '_fetch', lambda file, source: str(path)); assert same(load_model('small'), net)
     monkeypatch.setitem(CHECKPOINTS, 'small', CHECKPOINTS['small']._replace(sha256='0' * 64))
     with pytest.raises(ValueError, match='is not 0000'): load_model('small')
     assert same(load_model('small', path=path), net) # named by the user: another conversion of the same weights, say

@@ -63,16 +63,17 @@ def test_search_refuses_bad_values_before_it_writes(tmp_path, change, message):
     assert not (tmp_path / 'search').exists()
 
 def test_benchmark_writes_its_files(tmp_path):
-    small = dict(model='fashion-mixture', steps=2, batch_size=4, repeats=3, solvers='euler,rk4', imports=1, latents='1,4,8,8')
+    small = dict(model='fashion-mixture', steps=2, batch_size=4, repeats=3, solvers='euler,rk4', imports=1, latents='1,4,8,8', samples=8)
     in_process('benchmark', reports_dir=str(tmp_path), **small)
     times, protocol = pd.read_csv(tmp_path / 'benchmark.csv'), json.loads((tmp_path / 'benchmark.json').read_text())
-    assert times.groupby('group')['variant'].nunique().to_dict() == {'sample': 4, 'guidance': 2, 'import': 3, 'flow scheduler': 4, 'VP scheduler': 4}
-    assert len(times) == 3 * (4 + 2 + 4 + 4) + 3 and (times['seconds'] > 0).all()
+    assert times.groupby('group')['variant'].nunique().to_dict() == {'sample': 4, 'guidance': 2, 'import': 3, 'evaluation': 2, 'flow scheduler': 4, 'VP scheduler': 4}
+    assert len(times) == 3 * (4 + 2 + 4 + 4) + 3 * 2 + 3 and (times['seconds'] > 0).all()
+    whole = times[times['group'] == 'evaluation'].pivot(index='repeat', columns='variant', values='seconds'); assert (whole['network'] < whole['all']).all()
     assert times[times['variant'] == 'rk4']['evaluations'].unique().tolist() == [8]
     assert protocol['nfe'] == {'euler': 2, 'rk4': 8} and protocol['hardware']
     assert protocol['versions']['torch'] == torch.__version__
     assert (tmp_path / 'benchmark.png').stat().st_size > 1000
-    bad = ((dict(solvers='dit-xl-2', steps=8), 'belongs to VPPath'), (dict(repeats=2), 'repeats=2'), (dict(guidance=1), 'guidance=1'), (dict(latents='8x8'), 'latents='))
+    bad = ((dict(solvers='dit-xl-2', steps=8), 'belongs to VPPath'), (dict(repeats=2), 'repeats=2'), (dict(guidance=1), 'guidance=1'), (dict(latents='8x8'), 'latents='), (dict(samples=4), 'samples=4'))
     for change, message in bad:
         with pytest.raises(ValueError, match=message): in_process('benchmark', reports_dir=str(tmp_path / 'bad'), **change)
     assert not (tmp_path / 'bad').exists()
