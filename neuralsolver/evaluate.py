@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GRIDS_OF_TABLE_2', 'DEFAULT_SOLVERS', 'KID_PR_REAL', 'PRECISIONS', 'PROTOCOLS', 'COMPILE', 'SOURCES', 'EXAMPLES',
            'REPORTED_MODELS', 'STAND_INS', 'REPORTED_SOLVERS', 'REPORTED_METRICS', 'TITLES', 'DIGITS', 'read_profiles',
-           'profile_defaults', 'Protocol', 'check_device', 'prepare', 'numbers', 'end_points', 'code_digest',
-           'FashionExtractor', 'Sampler', 'hardware', 'compute_shards', 'measure', 'reference_of', 'real_rows',
-           'evaluate', 'evaluate_shards', 'launch', 'summary', 'reported_model', 'reported_protocol', 'reported',
-           'protocol_card', 'write_reports', 'markdown_table', 'main']
+           'profile_defaults', 'Protocol', 'check_device', 'Autocast', 'prepare', 'tf32', 'end_points', 'code_digest',
+           'FashionExtractor', 'Sampler', 'hardware', 'compute_shards', 'measure', 'reference_source', 'reference_of',
+           'real_rows', 'evaluate', 'evaluate_shards', 'launch', 'summary', 'reported_model', 'reported_protocol',
+           'reported', 'protocol_card', 'write_reports', 'markdown_table', 'main']
 
 # %% ../nbs/15_evaluate.ipynb #46b6a158
 import contextlib, functools, hashlib, math, os, platform, tempfile, time
@@ -22,7 +22,7 @@ from torch import nn, Tensor
 from tqdm import tqdm
 from .data import to_uint8
 from .fields import Field
-from .inception import adm_reference_file, export_npz, image_metrics, Inception, inception_file, read_reference
+from .inception import adm_reference_file, check_reference, export_npz, image_metrics, Inception, inception_file, read_reference
 from .metrics import compute_metrics, extract, extractor_name, Features, frechet_distance, load_reference, metrics_protocol, moments, real_test
 from .models import Autoencoder, CHECKPOINTS, load_card, load_model, model_architecture, model_file, model_path, vae_folder, VAE_FILES
 from .neural import CLASSICAL, EXPONENTIAL, get_solver, list_solvers
@@ -128,6 +128,7 @@ def check_parts(self:Protocol):
     if self.protocol != 'fashion' and shape[0] != 3: raise ValueError(f'protocol={self.protocol!r} needs colour images; those of {self.model} with vae={self.vae!r} are {" x ".join(map(str, shape))}.')
     if self.protocol == 'paper' and not self.reference:
         raise ValueError("protocol='paper' needs reference: a folder of training images, or a file of their statistics (the paper's own was never released). ADM's reference batch: protocol='adm'.")
+    if self.reference: check_reference(self.reference)
     if self.checkpoint and self.model not in CHECKPOINTS: raise ValueError(f'checkpoint={self.checkpoint!r} is for official checkpoints ({", ".join(CHECKPOINTS)}), not for {self.model!r}.')
     unknown = [n for n in self.image_names if n not in (*self.select()[0], 'teacher')]
     if unknown: raise ValueError(f'images={self.images!r} is not allowed: {", ".join(unknown)} is not a row of this table ({", ".join(self.select()[0])}, teacher).')
@@ -203,26 +204,36 @@ def from_parameters(
     return cls(**{k: v for k, v in parameters.items() if not (k in optional and (v == '' or v == (-1 if k in ('guidance', 'guided_channels') else 0)))})
 
 # %% ../nbs/15_evaluate.ipynb #325988b0
+class Autocast(nn.Module):
+    "A network whose layers run in another dtype where autocast thinks it safe; its attributes are those of the network."
+    def __init__(self, net: nn.Module, dtype: torch.dtype): super().__init__(); self.net, self.dtype = net, dtype
+
+    def __getattr__(self, name):
+        try: return super().__getattr__(name)
+        except AttributeError: return getattr(super().__getattr__('net'), name)
+
+    def forward(self, x: Tensor, *args) -> Tensor:
+        with torch.autocast(x.device.type, self.dtype): return self.net(x, *args)
+
 def prepare(
     net: nn.Module, # on its device
     precision: str = 'float32', # a key of PRECISIONS
     compile: str = 'none', # one of COMPILE
 ) -> nn.Module:
     "The network in the numbers and the form it is to run in."
-    net = net.to(PRECISIONS[check_choice('precision', precision, PRECISIONS)][0])
-    return net if check_choice('compile', compile, COMPILE) == 'none' else torch.compile(net, mode=compile)
+    dtype, inside = PRECISIONS[check_choice('precision', precision, PRECISIONS)]; net = net.to(dtype)
+    if check_choice('compile', compile, COMPILE) != 'none': net = torch.compile(net, mode=compile)
+    return Autocast(net, inside) if inside else net
 
 @contextlib.contextmanager
-def numbers(
+def tf32(
     precision: str, # a key of PRECISIONS
-    device: str | torch.device, # where the network is
 ):
-    "The casting and the matrix products that go with a precision, undone afterwards."
-    dtype, before = PRECISIONS[precision][1], torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
-    try:
-        with torch.autocast(torch.device(device).type, dtype) if dtype else contextlib.nullcontext(): yield
-    finally: torch.set_float32_matmul_precision(before)
+    "TF32 matrix products and convolutions for 'tf32', and only then; undone afterwards."
+    before, on = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32), precision == 'tf32'
+    torch.set_float32_matmul_precision('high' if on else 'highest'); torch.backends.cudnn.allow_tf32 = on
+    try: yield
+    finally: torch.set_float32_matmul_precision(before[0]); torch.backends.cudnn.allow_tf32 = before[1]
 
 # %% ../nbs/15_evaluate.ipynb #209484e2
 def end_points(
@@ -251,7 +262,6 @@ def code_digest() -> str: # 12 hexadecimal digits
 
 class FashionExtractor:
     "The classifier of `12_metrics` as an extractor of shards."
-    name = property(lambda self: extractor_name())
     def __call__(self, images: Tensor) -> dict[str, Tensor]: return extract(images, len(images))._asdict()
 
 @patch
@@ -294,7 +304,7 @@ class Sampler:
         return Field(prepare(net, p.precision, p.compile), guidance=p.guidance, guided_channels=p.guided_channels or p.sample_shape[0])
 
     @functools.cached_property
-    def vae(self): return None if self.p.vae == 'none' else Autoencoder(self.p.vae, self.device, self.p.vae_scale)
+    def vae(self): return None if self.p.vae == 'none' else Autoencoder(self.p.vae, self.device, self.p.vae_scale, autocast=PRECISIONS[self.p.precision][1])
 
     @functools.cached_property
     def extractor(self): return FashionExtractor() if self.p.protocol == 'fashion' else Inception(inception_file(self.p.inception), self.device)
@@ -303,7 +313,7 @@ class Sampler:
         "Samples start..stop-1 of a seed; states that are not finite become grey images."
         noise = indexed_noise(range(start, stop), self.p.sample_shape, seed, device=self.device)
         labels = torch.arange(start, stop, device=self.device) % self.field.null_label
-        with numbers(self.p.precision, self.device):
+        with tf32(self.p.precision):
             x, seconds = end_points(self.field, noise, labels, solver, stop - start, self.bar)
             images = x if self.vae is None else self.vae.decode(x.nan_to_num(0, 0, 0).to(self.device)).cpu()
         return x, to_uint8(images.nan_to_num(0, 1, -1)), seconds
@@ -349,7 +359,9 @@ def compute_shards(
     progress: bool = True, # tqdm progress bar of this process
 ):
     "This process's share of the shards that are missing or damaged; returns when all processes are done."
-    state = workers(p.device); folders = p.folders(shards_dir, p.common())
+    state = workers(p.device)
+    with state.local_main_process_first(): reference_source(p); common = p.common() # one process of a machine fetches
+    folders = p.folders(shards_dir, common)
     solvers = {'teacher': teacher_solver(p.teacher_steps, p.path), **p.select()[0]}
     if state.is_main_process: sweep(shards_dir)
     device = torch.device(p.device) if state.num_processes == 1 else state.device
@@ -377,11 +389,15 @@ def measure(
     labels = torch.arange(len(shards)) % 10
     return compute_metrics(Features(shards.rows('features')[:], shards.rows('logits')[:]), labels, reference) | out
 
+def reference_source(p: Protocol) -> str | os.PathLike | None:
+    "Folder or file of real images; fetched if it is ADM's. Asked for before anything is sampled."
+    if p.protocol == 'fashion': return None
+    return check_reference(p.reference) if p.reference else adm_reference_file(p.image_shape[1])
+
 def reference_of(p: Protocol, shards_dir: str | os.PathLike, progress: bool = True):
     "Statistics of real images for a protocol; what takes long is kept beside the shards."
     if p.protocol == 'fashion': return (ref := load_reference())._replace(features=ref.features[:KID_PR_REAL])
-    source = p.reference or adm_reference_file(p.image_shape[1])
-    return read_reference(source, Inception(inception_file(p.inception), torch.device(p.device)), p.image_shape[1], cache=Path(shards_dir) / 'reference', progress=progress)
+    return read_reference(reference_source(p), Inception(inception_file(p.inception), torch.device(p.device)), p.image_shape[1], cache=Path(shards_dir) / 'reference', progress=progress)
 
 def real_rows(p: Protocol, reference) -> list[dict]:
     "Metrics of real images, one a seed; empty when there are too few."

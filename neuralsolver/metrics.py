@@ -11,8 +11,9 @@ __all__ = ['LAYERS', 'BLOCK', 'MIN_SAMPLES', 'IS_SPLIT', 'KID_SUBSETS', 'KID_SUB
 
 # %% ../nbs/12_metrics.ipynb #fca74641
 import contextlib, hashlib, json, math, os
-from typing import Iterator, NamedTuple
+from typing import Iterator, Mapping, NamedTuple
 import torch
+from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn, Tensor
@@ -188,32 +189,71 @@ def blocks(
 # %% ../nbs/12_metrics.ipynb #54ed70bd
 MIN_SAMPLES = 8
 
+def _sums(rows: Tensor) -> tuple[int, Tensor, Tensor]: # [m, d] -> count, mean [d], squares [d, d]
+    "What a block contributes."
+    mean = rows.mean(0); centred = rows - mean
+    return len(rows), mean, centred.T @ centred
+
+def _union(one: tuple[int, Tensor, Tensor], two: tuple[int, Tensor, Tensor]) -> tuple[int, Tensor, Tensor]:
+    "The same of both sets of rows together."
+    (n, a, squares), (m, b, more) = one, two
+    if not n or not m: return one if n else two
+    return n + m, a + (b - a) * (m / (n + m)), squares + (more + torch.outer(b - a, b - a) * (n * m / (n + m)))
+
+# %% ../nbs/12_metrics.ipynb #d10865f8
 class Moments:
-    "Mean and covariance of rows that come in blocks, in float64."
-    def __init__(self, dim: int): self.n, self.mean, self.squares = 0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
+    "Mean and covariance of rows that come in pieces of any size, in float64."
+    def __init__(
+        self,
+        dim: int, # columns
+        block: int = BLOCK, # rows that are merged at a time
+    ): self.block, self.sums, self.rest = check_int('block', block), (0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)), torch.zeros(0, dim, dtype=torch.float64)
+
+    def __len__(self) -> int: return self.sums[0] + len(self.rest)
 
     def add(
         self,
         rows: Tensor, # [m, d]
     ) -> 'Moments':
-        "Take a block in."
-        rows = rows.double().cpu(); m, mean = len(rows), rows.mean(0); centred, step = rows - mean, mean - self.mean
-        self.squares += centred.T @ centred + torch.outer(step, step) * (self.n * m / (self.n + m))
-        self.mean = self.mean + step * (m / (self.n + m)); self.n += m
+        "Take rows in."
+        if rows.ndim != 2 or rows.shape[1] != self.rest.shape[1]: raise ValueError(f'rows are {list(rows.shape)}: give [m, {self.rest.shape[1]}].')
+        self.rest = torch.cat([self.rest, rows.detach().cpu()]) # float64, as the first is
+        while len(self.rest) >= self.block: self.sums, self.rest = _union(self.sums, _sums(self.rest[:self.block])), self.rest[self.block:].clone()
         return self
 
+    def _all(self): return _union(self.sums, _sums(self.rest)) if len(self.rest) else self.sums
+
+    def merge(self, other: 'Moments') -> 'Moments': "Take in the rows that another one has seen."; self.sums = _union(self.sums, other._all()); return self
+
     def result(self) -> tuple[Tensor, Tensor]: # mean [d], covariance [d, d] with divisor N - 1
-        "The two moments; ValueError for fewer than 8 rows."
-        return self.mean, self.squares / (check_int('samples', self.n, MIN_SAMPLES) - 1)
+        "The two moments; ValueError for fewer than 8 rows or values that are not finite."
+        check_int('samples', len(self), MIN_SAMPLES); n, mean, squares = self._all()
+        if not squares.diagonal().isfinite().all(): raise ValueError('features are not finite: look at the images they were computed from.')
+        return mean.clone(), squares / (n - 1)
+
+# %% ../nbs/12_metrics.ipynb #fccd513d
+@patch
+def state_dict(self:Moments) -> dict: # tensors and an integer, for `torch.save`
+    "All it knows."
+    n, mean, squares = self.sums
+    return dict(n=n, mean=mean, squares=squares, rest=self.rest)
+
+@patch
+def load_state_dict(self:Moments, state: Mapping) -> Moments:
+    "Go on from there."
+    self.sums, self.rest = (state['n'], state['mean'], state['squares']), state['rest']
+    return self
 
 def moments(
     source, # Tensor [N, d], or what slices like one; N >= 8
+    block: int = BLOCK, # rows read and merged at a time
 ) -> tuple[Tensor, Tensor]: # mean [d], covariance [d, d] with divisor N - 1; float64
     "The two moments a Fréchet distance compares."
-    check_int('samples', len(source), MIN_SAMPLES); out = Moments(source[0:1].shape[1])
-    for block in blocks(source): out.add(block)
+    check_int('samples', len(source), MIN_SAMPLES); out = None
+    for rows in blocks(source, check_int('block', block)): out = (Moments(rows.shape[1], block) if out is None else out).add(rows)
     return out.result()
 
+# %% ../nbs/12_metrics.ipynb #4335c116
 def frechet_distance(
     one: tuple[Tensor, Tensor], # mean [d] and covariance [d, d], float64
     two: tuple[Tensor, Tensor], # the same of the other set
@@ -294,10 +334,12 @@ def precision_recall(
     source, # generated features: Tensor [N, d], or what slices like one; N >= 4
     real, # real features [M, d]; M >= 4
     device: str | torch.device = 'cpu', # where the products are computed
+    size: int = 4 * BLOCK, # rows in a block
 ) -> tuple[float, float]: # precision, recall
     "Shares of the generated and of the real features inside the other set's manifold, k = 3."
-    return (inside_share(source, real, manifold_radii(real, device=device), device=device),
-            inside_share(real, source, manifold_radii(source, device=device), device=device))
+    where = dict(size=check_int('size', size), device=device)
+    return (inside_share(source, real, manifold_radii(real, **where), **where),
+            inside_share(real, source, manifold_radii(source, **where), **where))
 
 # %% ../nbs/12_metrics.ipynb #6bde3440
 def compute_metrics(

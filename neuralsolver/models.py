@@ -463,10 +463,12 @@ class Autoencoder:
         device: str | torch.device = 'cpu', # where to put it
         scale: float = 0.18215, # latents are the encoder's mean times this
         batch_size: int = 16, # images decoded at a time
+        autocast: torch.dtype | None = None, # dtype of its layers where autocast thinks it safe; None = float32
     ):
-        self.folder, self.scale, self.batch_size = vae_folder(source), scale, batch_size
+        self.folder, self.scale, self.batch_size, self.autocast, self.device = vae_folder(source), scale, batch_size, autocast, torch.device(device)
         import_torchvision()
-        from diffusers import AutoencoderKL
+        try: from diffusers import AutoencoderKL
+        except ImportError as e: raise ImportError(f'the autoencoder needs diffusers ({e}): pip install "neuralsolver[diffusers]".') from e
         self.net = AutoencoderKL.from_pretrained(self.folder, local_files_only=True).eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
@@ -475,4 +477,5 @@ class Autoencoder:
         latents: Tensor, # [B, 4, H, W]
     ) -> Tensor: # float32 [B, 3, 8 H, 8 W], about in [-1, 1]
         "Pictures of latents."
-        return torch.cat([self.net.decode(z.to(self.net.dtype) / self.scale).sample.float() for z in latents.split(self.batch_size)])
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return torch.cat([self.net.decode(z.float() / self.scale).sample.float() for z in latents.split(self.batch_size)])

@@ -155,8 +155,10 @@ def workers(
     "This process among those that `accelerate` started; one process without it."
     from datetime import timedelta
     from accelerate import PartialState
-    state = PartialState(cpu=torch.device(device).type == 'cpu', timeout=timedelta(days=14)) # the last process may be a shard behind the first: hours
-    if torch.device(device).type != state.device.type:
+    kind, known = torch.device(device).type, PartialState._shared_state
+    if known and known['num_processes'] == 1 and known['device'].type != kind: PartialState._reset_state() # it remembers the first device of a session
+    state = PartialState(cpu=kind == 'cpu', timeout=timedelta(days=14)) # the last process may be a shard behind the first: hours
+    if kind != state.device.type:
         raise ValueError(f'device={device!r} is not allowed: the processes of accelerate were started for {state.device.type}.')
     return state
 

@@ -5,7 +5,7 @@ from PIL import Image
 from safetensors import safe_open
 from neuralsolver import inception as module
 from neuralsolver.inception import adm_reference_file, center_crop, export_npz, image_metrics, ImageReference, Inception, inception_file, NpzImages, read_reference
-from neuralsolver.metrics import frechet_distance, moments
+from neuralsolver.metrics import Moments, moments
 from test_shards import random_inception
 
 @pytest.fixture(scope='module')
@@ -52,6 +52,14 @@ def test_the_weights_file_is_checked_by_the_digits_in_its_name(tmp_path, monkeyp
         monkeypatch.setattr('neuralsolver.utils._fetch', lambda *a: (_ for _ in ()).throw(OSError('no network'))); adm_reference_file(256)
     (tmp_path / 'VIRTUAL_imagenet512.npz').write_bytes(b'x'); assert adm_reference_file(512).name == 'VIRTUAL_imagenet512.npz'
 
+def test_features_are_float32_on_every_device_and_the_callers_flags_stay(extractor, images):
+    seen = []; hook = extractor.net.Mixed_6d.register_forward_hook(lambda *a: seen.append(torch.backends.cudnn.allow_tf32)); before = torch.backends.cudnn.allow_tf32
+    try:
+        for torch.backends.cudnn.allow_tf32 in (True, False):
+            out = extractor(images[:1])['features']; assert torch.backends.cudnn.allow_tf32 == (len(seen) == 1) and not out.is_inference()
+    finally: torch.backends.cudnn.allow_tf32 = before; hook.remove()
+    assert seen == [False, False]
+
 # References
 
 def adm_batch(path, images, heads, **change):
@@ -77,6 +85,33 @@ def test_images_only_and_moments_only(extractor, images, heads, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(read_reference(tmp_path / 'images.npz', extractor, cache=tmp_path)[:5], ref[:5]))
     adm_batch(tmp_path / 'moments.npz', images, heads, arr_0=None, mu_s=None, sigma_s=None); ref = read_reference(tmp_path / 'moments.npz', extractor)
     assert set(image_metrics(heads, ref)) == {'fid', 'is'}
+
+def test_every_head_is_enough(heads, monkeypatch):
+    monkeypatch.setattr(module, 'frechet_distance', lambda a, b: (len(a[0]), a[1].trace().item(), b[1].trace().item())) # itself takes seconds
+    (mu, sigma), (mu_s, sigma_s) = moments(heads['features']), moments(heads['spatial']); ref = ImageReference(mu, sigma, mu_s, sigma_s, heads['features'], 12, 'x'); whole = image_metrics(heads, ref)
+    assert set(whole) == {'fid', 'sfid', 'is', 'precision', 'recall'}
+    for head, keys in dict(features={'fid', 'precision', 'recall'}, spatial={'sfid'}, logits={'is'}).items(): assert image_metrics({head: heads[head]}, ref) == {k: whole[k] for k in whole if k in keys}
+    for bad in ({}, dict(features=heads['features'], pool=heads['logits'])):
+        with pytest.raises(ValueError, match='give one or more of features, spatial, logits'): image_metrics(bad, ref)
+
+@pytest.mark.parametrize('progress', [False, True])
+def test_no_more_features_are_kept_than_said(extractor, images, heads, folder, tmp_path, progress, monkeypatch):
+    monkeypatch.setattr(module, 'MOST', 3); np.savez(tmp_path / 'images.npz', arr_0=images[:8].permute(0, 2, 3, 1).numpy())
+    ref = read_reference(tmp_path / 'images.npz', extractor, batch_size=2, progress=progress); assert torch.allclose(ref.features, heads['features'][:3], atol=1e-4)
+    assert torch.allclose(ref.mu, heads['features'][:8].double().mean(0), atol=1e-5) # the moments are those of all
+    ref = read_reference(folder[0], extractor, 40, 5, tmp_path, progress, workers=0); order = folder[1]
+    assert torch.allclose(ref.features, heads['features'][[order[i] for i in (0, 4, 8)]], atol=1e-4) # one of each class
+
+def test_files_that_are_no_reference(extractor, images, tmp_path, monkeypatch):
+    np.savez(tmp_path / 'sound.npz', arr_0=images.permute(0, 2, 3, 1).numpy()); (tmp_path / 'cut.npz').write_bytes((tmp_path / 'sound.npz').read_bytes()[:9000]); (tmp_path / 'text.npz').write_text('no zip')
+    np.savez(tmp_path / 'half.npz', mu=np.zeros(2048)); np.savez(tmp_path / 'small.npz', mu=np.zeros(64), sigma=np.eye(64)); np.savez(tmp_path / 'code.npz', mu=np.array([print], object), sigma=np.eye(2048))
+    np.savez(tmp_path / 'few.npz', arr_0=np.zeros((7, 4, 4, 3), np.uint8)); (tmp_path / 'cut.safetensors').write_bytes(b'abc'); (tmp_path / 'train').mkdir()
+    for name, message in {'cut.npz': 'not a readable .npz', 'text.npz': 'not a readable .npz', 'code.npz': 'not a readable .npz', 'half.npz': 'only one of mu and sigma', 'small.npz': r'mu is \[64\]', 'few.npz': '>= 8',
+                          'cut.safetensors': 'is cut or no .safetensors', 'none.npz': 'not there', 'train': '>= 8'}.items():
+        with pytest.raises(ValueError, match=message): read_reference(tmp_path / name, extractor, 40)
+    for i in range(8): Image.new('RGB', (4, 4)).save(tmp_path / f'train/{i}.png')
+    monkeypatch.setattr(module.os, 'access', lambda *a: False)
+    with pytest.raises(ValueError, match='give cache='): read_reference(tmp_path / 'train', extractor, 4)
 
 @pytest.mark.parametrize('change, message', [(dict(arr_0=np.zeros((9, 4, 4), np.uint8)), 'images must be uint8'), (dict(arr_0=np.zeros((9, 4, 4, 3), np.float32)), 'images must be uint8')])
 def test_batches_that_are_none(extractor, images, heads, tmp_path, change, message):
@@ -110,6 +145,19 @@ def test_a_folder_that_was_killed_goes_on_with_the_same_numbers(extractor, folde
     assert len(calls) == 4 + 3 # two batches were saved, three were left
     assert all(torch.equal(a, b) for a, b in zip(whole[:5], again[:5])) and [p.suffix for p in (tmp_path / 'killed').iterdir()] == ['.safetensors']
 
+def test_it_goes_on_in_the_middle_of_a_block(extractor, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'Moments', lambda dim: Moments(dim, 3)); path, _ = folder # blocks of 3 rows, batches of 2: rows wait when the state is saved
+    whole = read_reference(path, extractor, 40, 2, tmp_path / 'whole', False, 0); calls = []
+    class Killed(Exception): pass
+    def kill(*a):
+        calls.append(1)
+        if len(calls) == 3: raise Killed
+    hook = extractor.net.register_forward_pre_hook(kill)
+    with pytest.raises(Killed): read_reference(path, extractor, 40, 2, tmp_path / 'killed', False, 0, 1)
+    state = torch.load(next((tmp_path / 'killed').iterdir()), weights_only=True); assert (state['done'], state['features']['n'], len(state['features']['rest'])) == (4, 3, 1)
+    again = read_reference(path, extractor, 40, 2, tmp_path / 'killed', False, 0, 1); hook.remove(); assert len(calls) == 3 + 3
+    assert all(torch.equal(a, b) for a, b in zip(whole[:5], again[:5]))
+
 def test_an_image_that_cannot_be_read_is_named(extractor, folder, tmp_path):
     path, _ = folder; (path / 'n0/broken.jpg').write_bytes(b'no image')
     with pytest.raises(ValueError, match='broken.jpg is not a readable image'): read_reference(path, extractor, 40, 20, tmp_path / 'c', False, workers=0)
@@ -124,3 +172,14 @@ def test_exported_images_do_not_depend_on_time_and_are_one_array(images, tmp_pat
     a, b = (export_npz(images, tmp_path / f'{n}.npz').read_bytes() for n in 'ab'); assert a == b
     with np.load(tmp_path / 'a.npz') as f: assert f['arr_0'].shape == (12, 40, 40, 3) and f['arr_0'].dtype == np.uint8
     assert torch.equal(torch.cat(list(NpzImages(tmp_path / 'a.npz').batches(5))), images)
+
+def test_images_stream_out_and_in(tmp_path):
+    import tracemalloc
+    from test_metrics import Counting
+    source = Counting(torch.randint(0, 256, (450, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))) # 5.5 MB
+    tracemalloc.start(); export_npz(source, tmp_path / 'a.npz'); _, most = tracemalloc.get_traced_memory(); assert source.longest == 100 and most < 3e6
+    tracemalloc.reset_peak(); total = sum(b.sum().item() for b in NpzImages(tmp_path / 'a.npz').batches(10)); _, most = tracemalloc.get_traced_memory(); tracemalloc.stop()
+    assert total == source.rows.sum().item() and most < 2e6
+    for bad in (source.rows.float(), source.rows[:, :1], source.rows[:0]):
+        with pytest.raises(ValueError, match='give uint8'): export_npz(bad, tmp_path / 'b.npz')
+    assert not (tmp_path / 'b.npz').exists()

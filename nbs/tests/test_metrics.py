@@ -119,6 +119,35 @@ def test_moments_are_numpys_however_the_rows_come(shift):
         for part in rows.split(size): m.add(part)
         assert np.allclose(m.result()[0], rows.mean(0), rtol=1e-13) and np.allclose(m.result()[1], want, atol=1e-10)
 
+@pytest.mark.parametrize('dim', [5, 2023])
+def test_moments_do_not_depend_on_the_pieces_nor_on_a_pause(dim, tmp_path):
+    rows = torch.randn(2345, dim, generator=torch.Generator().manual_seed(2)); want = moments(rows)
+    for size in (53, 999, 1000, 2345):
+        m = Moments(dim)
+        for k, part in enumerate(rows.split(size)):
+            m.add(part)
+            if k == 20 or size == 999: torch.save(m.state_dict(), tmp_path / 'm'); m = Moments(dim).load_state_dict(torch.load(tmp_path / 'm', weights_only=True))
+        assert all(map(torch.equal, m.result(), want)) and len(m) == 2345
+    first, second = Moments(dim).add(rows[:1234]), Moments(dim).add(rows[1234:]); first.merge(second); first.merge(Moments(dim))
+    assert all(map(torch.allclose, first.result(), want)) and len(first) == 2345 and all(map(torch.equal, first.result(), first.result())) # asking changes nothing
+
+def test_moments_refuse_what_has_none():
+    with pytest.raises(ValueError, match='samples=7'): moments(torch.zeros(7, 3))
+    with pytest.raises(ValueError, match='not finite'): moments(torch.full((9, 3), float('nan')))
+    with pytest.raises(ValueError, match=r'give \[m, 3\]'): Moments(3).add(torch.zeros(3))
+    with pytest.raises(ValueError, match='block='): moments(torch.zeros(9, 3), 0)
+    rows = torch.ones(4, 2, dtype=torch.float64); m = Moments(2).add(rows); rows += 1 # a buffer that is used again
+    assert m.add(rows).result()[0].tolist() == [1.5, 1.5]
+
+def test_golden_numbers_through_small_blocks(golden):
+    expected, tensors = golden
+    one, two = (Counting(tensors[f'fid64/x{i}']) for i in (1, 2))
+    assert frechet_distance(moments(one, 7), moments(two, 7)) == pytest.approx(expected['fid']['dim64']['frechet_distance_1_2'], rel=1e-6) and one.longest == two.longest == 7
+    sample, real = (Counting(tensors[f'pr/features_{n}']) for n in ('sample', 'ref'))
+    for size in (3, 64): # fewer columns than neighbours, too
+        got = precision_recall(sample, real, size=size); assert sample.longest == real.longest == size
+        assert got == pytest.approx([expected['precision_recall'][k] for k in ('precision', 'recall')], abs=1e-12)
+
 def test_kernel_distance_is_the_unbiased_estimator():
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(60, 5, generator=g, dtype=torch.float64), torch.randn(60, 5, generator=g, dtype=torch.float64) + .5

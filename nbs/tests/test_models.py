@@ -310,7 +310,7 @@ def test_a_network_keeps_its_dtype_and_the_caller_his():
     low = Field(load_model('sit-tiny').bfloat16())
     assert (sample(low, x, euler(2), torch.tensor([0, 1])) - result).square().mean().sqrt() < .05
 
-@pytest.mark.parametrize('name, solver', [('sit-tiny', 'sit-xl-2'), ('dit-tiny', 'dit-xl-2')])
+@pytest.mark.parametrize('name, solver', [('sit-tiny', 'sit-xl-2'), ('dit-tiny', 'dit-xl-2'), ('flowdcn-tiny', 'flowdcn-b-2')])
 @torch.inference_mode()
 def test_the_tiny_models_are_trained(name, solver):
     "Without any metric: they turn noise into images that their own exact counterpart, the mixture of real images, finds likely."
@@ -330,6 +330,15 @@ def test_searched_on_dit_tiny_beats_classical_solvers_with_their_best_grid(n):
     classical = ('unipc-2@quadratic', 'unipc-2', 'unipc-3@quadratic', 'unipc-2@optimized', 'dpm-solver++2m@quadratic')
     assert rmse(load_solver('dit-tiny', n)) <= .75 * min(rmse(get_solver(name, n, VPPath())) for name in classical)
 
+@pytest.mark.parametrize('n', [5, 6, 7, 8, 9, 10])
+@torch.inference_mode()
+def test_searched_on_flowdcn_tiny_beats_the_adams_rules(n):
+    "End-point RMSE to Euler-100 without guidance, at most 0.75 of the better of Adams-Bashforth 2 to 4, on noise of no other run."
+    field, x, y = Field(load_model('flowdcn-tiny')), indexed_noise(range(20), (1, 28, 28), 777), torch.arange(20) % 10
+    end = sample(field, x, teacher_solver(100), y)
+    rmse = lambda solver: (sample(field, x, solver, y) - end).square().mean().sqrt().item()
+    assert rmse(load_solver('flowdcn-tiny', n)) <= .75 * min(rmse(get_solver(name, n)) for name in ('ab2', 'ab3', 'ab4'))
+
 @torch.inference_mode()
 def test_a_solver_of_another_path_is_refused():
     field, x, y = Field(load_model('dit-tiny')), indexed_noise(range(2), (1, 28, 28)), torch.tensor([0, 1])
@@ -344,7 +353,7 @@ def test_fashion_mixture_works_without_labels_and_lands_on_images():
     assert (distance < 2 * net.std * 28).all() and (torch.cdist(x.flatten(1), net.centers).min(1).values > 4 * net.std * 28).all()
 
 def test_errors_about_models(tmp_path):
-    with pytest.raises(ValueError, match="model='sit'.*fashion-mixture, dit-tiny, sit-tiny"): load_model('sit')
+    with pytest.raises(ValueError, match="model='sit'.*fashion-mixture, dit-tiny, flowdcn-tiny, sit-tiny"): load_model('sit')
     with pytest.raises(ValueError, match='num_heads=5'): SiT(8, 2, 1, 32, 1, 5)
     assert list_models()[0] == 'fashion-mixture' and 'fashion_classifier' not in list_models()
 

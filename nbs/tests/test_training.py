@@ -147,7 +147,8 @@ def test_notebook_in_two_runs_makes_the_weights_of_the_function(tmp_path, small_
     told = settings | dict(model='toy', patch_size=14, label_dropout=.2)
     assert card['samples'] == 192 and all(f'-p {k} {v} ' in card['command'] for k, v in told.items())
 
-@pytest.mark.parametrize('name, changed', [('sit-tiny', {}), ('dit-tiny', dict(model='dit-tiny', architecture='DiT', samples=1280000))])
+@pytest.mark.parametrize('name, changed', [('sit-tiny', {}), ('dit-tiny', dict(model='dit-tiny', architecture='DiT', samples=1280000)),
+                                           ('flowdcn-tiny', dict(model='flowdcn-tiny', architecture='FlowDCN', samples=768000, threads=1))])
 def test_the_committed_cards_name_the_notebooks_parameters(name, changed):
     "The command is the notebook's defaults but for what the notebook says, the weights are a tiny network's, and the hash is theirs."
     cells = json.loads((Path(__file__).resolve().parent.parent / 'train.ipynb').read_text(encoding='utf-8'))['cells']
