@@ -1,23 +1,32 @@
 "The Inception heads, references of every form, and the files for OpenAI's evaluator; the network has random weights, as the real ones cannot be downloaded here."
-import json, re
+import re
 import numpy as np, pytest, torch
 from PIL import Image
-from safetensors import safe_open
 from neuralsolver import inception as module
 from neuralsolver.inception import adm_reference_file, center_crop, export_npz, image_metrics, ImageReference, Inception, inception_file, NpzImages, read_reference
-from neuralsolver.metrics import Moments, moments
-from test_shards import random_inception
+from neuralsolver.metrics import import_torch_fidelity, Moments, moments
+
+def random_inception(path):
+    "Weights of the right shapes and of He's variance. With PyTorch's own initialisation the features are 1e-8 and every absolute tolerance holds."
+    from unittest import mock
+    import_torch_fidelity(); from torch_fidelity import feature_extractor_inceptionv3 as library
+    with torch.random.fork_rng(), mock.patch.object(library.FeatureExtractorInceptionV3, 'load_state_dict'), mock.patch.object(library, 'load_state_dict_from_url'):
+        torch.manual_seed(0); weights = library.FeatureExtractorInceptionV3('inception-v3-compat', ['2048']).state_dict()
+    torch.save({k: v * (6 ** .5 if k.endswith('conv.weight') else 20 if k == 'fc.weight' else 1) for k, v in weights.items()}, path)
+    return path
 
 @pytest.fixture(scope='module')
-def extractor(tmp_path_factory):
-    path = tmp_path_factory.mktemp('inception') / 'weights.pth'; random_inception(path)
-    return Inception(path)
+def extractor(tmp_path_factory): return Inception(random_inception(tmp_path_factory.mktemp('inception') / 'weights.pth'))
 
 @pytest.fixture(scope='module')
-def images(): return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 3, 40, 40), dtype=np.uint8))
+def images(): # squares of random colours
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 3, 5, 5), dtype=np.uint8)).repeat_interleave(8, 2).repeat_interleave(8, 3)
 
 @pytest.fixture(scope='module')
-def heads(extractor, images): return extractor(images)
+def heads(extractor, images):
+    out = extractor(images); distinct = {k: (v[:, None] - v).abs().amax(2).fill_diagonal_(9).min() for k, v in out.items()}
+    assert min(distinct.values()) > .05, distinct # the tolerances below tell images apart
+    return out
 
 def test_heads_are_those_of_the_library_and_spatial_is_in_adms_order(extractor, images, heads):
     net = extractor.net; seen = {}; hook = net.Mixed_6d.branch1x1.register_forward_hook(lambda m, i, o: seen.update(branch=o))

@@ -9,6 +9,7 @@ from neuralsolver.evaluate import Protocol
 from neuralsolver.models import Autoencoder, load_weights, save_model, SiT
 from neuralsolver.shards import batch_ranges, read_shard, Shards, shard_ranges
 from neuralsolver.utils import import_torchvision, indexed_noise
+from test_inception import random_inception
 
 import_torchvision() # before diffusers
 
@@ -112,15 +113,6 @@ def test_two_processes_from_the_notebook(small, tmp_path):
 
 # The paper's profile from end to end, in small: latents, autoencoder, Inception (random weights), a reference batch
 
-def random_inception(path):
-    "Inception weights of the right shapes: the real file cannot be downloaded here."
-    from unittest import mock
-    from neuralsolver.metrics import import_torch_fidelity
-    import_torch_fidelity(); from torch_fidelity import feature_extractor_inceptionv3 as module
-    torch.manual_seed(0)
-    with mock.patch.object(module.FeatureExtractorInceptionV3, 'load_state_dict'), mock.patch.object(module, 'load_state_dict_from_url'):
-        torch.save(module.FeatureExtractorInceptionV3('inception-v3-compat', ['2048']).state_dict(), path)
-
 @pytest.fixture(scope='module')
 def paper(tmp_path_factory):
     from diffusers import AutoencoderKL
@@ -131,15 +123,15 @@ def paper(tmp_path_factory):
     vae = AutoencoderKL(down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4, block_out_channels=(8,) * 4, norm_num_groups=4, sample_size=64)
     vae.save_pretrained(folder / 'vae'); random_inception(folder / 'inception.pth')
     np.savez(folder / 'reference.npz', arr_0=np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8))
-    given = dict(profile='paper', model=str(folder / 'latent.safetensors'), steps=5, samples=16, batch_size=5, shard_batches=2, solvers='euler,sit-xl-2', teacher_steps=6, device='cpu', precision='float32',
+    given = dict(profile='paper', model=str(folder / 'latent.safetensors'), steps=5, samples=16, batch_size=5, shard_batches=2, solvers='sit-xl-2', teacher_steps=6, device='cpu', precision='float32',
                  vae=str(folder / 'vae'), inception=str(folder / 'inception.pth'), reference=str(folder / 'reference.npz'), images='sit-xl-2')
     command(BIN / 'papermill', 'nbs/eval.ipynb', folder / 'executed.ipynb', *[w for k, v in (given | dict(reports_dir=folder)).items() for w in ('--p', k, str(v))])
     return folder, given
 
 def test_the_papers_profile_writes_the_papers_columns(paper):
     folder, given = paper; t = pd.read_csv(folder / 'eval_latent_5.csv').set_index('solver'); card = json.loads((folder / 'eval_latent_5.json').read_text())
-    assert list(t.index) == ['euler', 'sit-xl-2', 'teacher', 'real'] and (t.guidance.dropna() == 1.375).all() and (t.nfe.dropna() == [5, 5, 6]).all()
-    measured = t.loc[['euler', 'sit-xl-2', 'teacher'], ['fid', 'sfid', 'is', 'precision', 'recall', 'rmse']]; assert measured.notna().all().all() and (measured.fid > 0).all()
+    assert list(t.index) == ['sit-xl-2', 'teacher', 'real'] and (t.guidance.dropna() == 1.375).all() and (t.nfe.dropna() == [5, 6]).all()
+    measured = t.loc[['sit-xl-2', 'teacher'], ['fid', 'sfid', 'is', 'precision', 'recall', 'rmse']]; assert measured.notna().all().all() and (measured.fid > 0).all()
     assert t.rmse['teacher'] == 0 and t.reported_fid['sit-xl-2'] == pd.read_csv(ROOT / 'data/reported.csv').query("where == 'figure 3a' and steps == 5 and solver == 'Searched on SiT-XL/2'").value.iloc[0]
     assert card['identity']['guided_channels'] == 'all' and card['identity']['vae']['scale'] == .18215 and card['identity']['extractor'].startswith('inception-') and card['protocol']['protocol'] == 'adm'
 

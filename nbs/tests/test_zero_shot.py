@@ -6,12 +6,12 @@ import numpy as np, pandas as pd, pytest, torch
 import neuralsolver as ns
 from neuralsolver.data import CLASSES
 from neuralsolver.diffusers import FlowNeuralSolverScheduler, pipeline_field, VPNeuralSolverScheduler
-from neuralsolver.metrics import import_torch_fidelity
 from neuralsolver.paths import DDPMPath
 from neuralsolver.pipelines import generators, load_pipeline, prompt_arguments, scheduler_for, TinyTransformer, trained_pipeline
 from neuralsolver.utils import data_file
 from neuralsolver.zero_shot import check_renderings, image_scores, make_scheduler, picture_files, read_image, render, Rendering, reported_scores
 from test_search_notebook import in_process
+from test_inception import random_inception
 
 SMALL = dict(pipeline='sit-tiny', prompts='Sneaker; Bag', steps='5') # of all three notebooks
 
@@ -257,15 +257,10 @@ def test_stable_diffusion_starts_in_the_middle(kind):
 
 @pytest.fixture(scope='module')
 def inception(tmp_path_factory):
-    "Weights of the right shapes, random: the real file cannot be downloaded here."
-    from unittest import mock
-    import_torch_fidelity()
-    from torch_fidelity import feature_extractor_inceptionv3 as module
-    torch.manual_seed(0)
-    with mock.patch.object(module.FeatureExtractorInceptionV3, 'load_state_dict'), mock.patch.object(module, 'load_state_dict_from_url'):
-        net = module.FeatureExtractorInceptionV3('inception-v3-compat', ['2048'])
-    path = tmp_path_factory.mktemp('inception') / 'weights.pth'; torch.save(net.state_dict(), path)
-    return path, net
+    "Random weights: the real file cannot be downloaded here."
+    path = random_inception(tmp_path_factory.mktemp('inception') / 'weights.pth')
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    return path, FeatureExtractorInceptionV3('inception-v3-compat', ['2048'], feature_extractor_weights_path=str(path))
 
 def folder_of(path, arrays):
     from PIL import Image
@@ -280,14 +275,14 @@ def test_image_scores_are_those_of_the_features(inception, tmp_path):
     a, b = folder_of(tmp_path / 'a', ours), folder_of(tmp_path / 'b', real)
     scores = image_scores(picture_files(a, 12), b, weights, batch_size=5)
     with torch.no_grad(): f, g = (net(torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2))[0].double().numpy() for x in (ours, real))
-    root = np.sqrt(np.linalg.eigvals(np.cov(f.T) @ np.cov(g.T)).astype(complex)).real.sum()
-    fid = ((f.mean(0) - g.mean(0)) ** 2).sum() + np.trace(np.cov(f.T)) + np.trace(np.cov(g.T)) - 2 * root
-    assert scores['FID'] == pytest.approx(fid, rel=1e-3) and set(scores) == {'FID', 'sFID', 'IS', 'PR', 'Recall'}
+    def distance(f, g): # of few rows: tr (S1 S2)^(1/2) is the sum of the singular values of the product of the centred rows
+        one, two = ((v - v.mean(0)) / 11 ** .5 for v in (f, g))
+        return ((f.mean(0) - g.mean(0)) ** 2).sum() + (one ** 2).sum() + (two ** 2).sum() - 2 * np.linalg.svd(one @ two.T, compute_uv=False).sum()
+    assert scores['FID'] == pytest.approx(distance(f, g), rel=1e-4) and distance(f, g) > 1 and set(scores) == {'FID', 'sFID', 'IS', 'PR', 'Recall'}
     seen = []; handle = net.Mixed_6d.register_forward_hook(lambda m, i, o: seen.append(o)) # one call a set
     with torch.no_grad(): [net(torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2)) for x in (ours, real)]
     handle.remove(); f, g = (np.moveaxis(o[:, :7].double().numpy(), 1, 3).reshape(12, 17 * 17 * 7) for o in seen) # ADM's order: row, column, channel
-    centred = lambda v: (v - v.mean(0)) / 11 ** .5; product = np.linalg.svd(centred(f) @ centred(g).T, compute_uv=False).sum() # tr (S1 S2)^(1/2)
-    assert scores['sFID'] == pytest.approx(((f.mean(0) - g.mean(0)) ** 2).sum() + (centred(f) ** 2).sum() + (centred(g) ** 2).sum() - 2 * product, rel=1e-2)
+    assert scores['sFID'] == pytest.approx(distance(f, g), rel=1e-4) and distance(f, g) > 1
     same = image_scores(picture_files(a, 12), a, weights); assert abs(same['FID']) < 1e-3 and same['PR'] == same['Recall'] == 1
 
 def test_real_images_of_other_sizes_are_fitted(tmp_path):
