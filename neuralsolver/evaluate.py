@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['GRIDS_OF_TABLE_2', 'DEFAULT_SOLVERS', 'KID_PR_REAL', 'PRECISIONS', 'PROTOCOLS', 'COMPILE', 'SOURCES', 'EXAMPLES',
            'REPORTED_MODELS', 'STAND_INS', 'REPORTED_SOLVERS', 'REPORTED_METRICS', 'TITLES', 'DIGITS', 'read_profiles',
-           'profile_defaults', 'Protocol', 'check_device', 'Autocast', 'prepare', 'tf32', 'end_points', 'code_digest',
-           'FashionExtractor', 'Sampler', 'hardware', 'compute_shards', 'measure', 'reference_source', 'reference_of',
-           'real_rows', 'evaluate', 'evaluate_shards', 'launch', 'summary', 'reported_model', 'reported_protocol',
-           'reported', 'protocol_card', 'write_reports', 'markdown_table', 'main']
+           'profile_defaults', 'Protocol', 'check_device', 'Prepared', 'prepare', 'tf32', 'end_points', 'code_digest',
+           'FashionExtractor', 'Sampler', 'hardware', 'compute_shards', 'say_what_differs', 'measure',
+           'reference_source', 'reference_of', 'real_rows', 'evaluate', 'evaluate_shards', 'launch', 'summary',
+           'reported_model', 'reported_protocol', 'reported', 'protocol_card', 'write_reports', 'markdown_table',
+           'main']
 
 # %% ../nbs/15_evaluate.ipynb #46b6a158
-import contextlib, functools, hashlib, math, os, platform, tempfile, time
+import ast, contextlib, functools, hashlib, importlib.metadata, importlib.util, math, os, platform, subprocess, sys, tempfile, time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -23,11 +24,11 @@ from tqdm import tqdm
 from .data import to_uint8
 from .fields import Field
 from .inception import adm_reference_file, check_reference, export_npz, image_metrics, Inception, inception_file, read_reference
-from .metrics import compute_metrics, extract, extractor_name, Features, frechet_distance, load_reference, metrics_protocol, moments, real_test
+from .metrics import blocks, compute_metrics, extract, extractor_name, Features, frechet_distance, load_reference, metrics_protocol, moments, real_test
 from .models import Autoencoder, CHECKPOINTS, load_card, load_model, model_architecture, model_file, model_path, vae_folder, VAE_FILES
 from .neural import CLASSICAL, EXPONENTIAL, get_solver, list_solvers
 from .paths import LinearPath, Path as NoisePath
-from .shards import batch_ranges, shard_ranges, Shards, sweep, workers
+from .shards import batch_ranges, DamagedShard, differences, read_shard, shard_ranges, Shards, sweep, workers
 from .solver_search import teacher_solver
 from .solvers import Solver, sample
 from .utils import atomic_path, check_choice, check_float, check_int, data_file, indexed_noise, package_root, sha256, split_names, write_json, write_text
@@ -132,6 +133,10 @@ def check_parts(self:Protocol):
     if self.checkpoint and self.model not in CHECKPOINTS: raise ValueError(f'checkpoint={self.checkpoint!r} is for official checkpoints ({", ".join(CHECKPOINTS)}), not for {self.model!r}.')
     unknown = [n for n in self.image_names if n not in (*self.select()[0], 'teacher')]
     if unknown: raise ValueError(f'images={self.images!r} is not allowed: {", ".join(unknown)} is not a row of this table ({", ".join(self.select()[0])}, teacher).')
+    if self.image_names and shape[0] != 3: raise ValueError(f'images={self.images!r} is for colour images; those of {self.model} are {" x ".join(map(str, shape))}.')
+    if self.vae != 'none' and self.sample_shape[0] < 4: raise ValueError(f'vae={self.vae!r} decodes latents of at least 4 channels; {self.model} has {self.sample_shape[0]}: give vae=none (--p vae none).')
+    if self.vae != 'none' and importlib.util.find_spec('diffusers') is None: raise ValueError(f'vae={self.vae!r} needs diffusers: pip install "neuralsolver[diffusers]".')
+    if self.model == 'fashion-mixture' and self.precision != 'float32': raise ValueError(f'precision={self.precision!r} is for networks; fashion-mixture is a formula: give float32.')
 
 # %% ../nbs/15_evaluate.ipynb #35afec75
 @patch(as_prop=True)
@@ -192,7 +197,8 @@ def notes(self:Protocol) -> list[str]:
     chosen, left_out = self.select()
     return [f'{n} spends {s.nfe} evaluations, not {self.steps}.' for n, s in chosen.items() if s.nfe != self.steps] + \
            [f'{n}: its {s.nfe} evaluations make {s.steps} steps.' for n, s in chosen.items() if s.steps != s.nfe == self.steps] + \
-           [f'Left out: {n}, {why}.' for n, why in left_out.items()]
+           [f'Left out: {n}, {why}.' for n, why in left_out.items()] + \
+           ([f'{min(self.counts)} images are fewer than the 2,048 features: most of a FID is then bias.'] if self.protocol != 'fashion' and min(self.counts) < 2048 else [])
 
 @patch_to(Protocol, cls_method=True)
 def from_parameters(
@@ -200,20 +206,24 @@ def from_parameters(
     **parameters, # of a papermill notebook: '', 0 and -1 mean as the profile says
 ) -> Protocol:
     "A protocol from flat parameters."
-    optional = {f.name for f in fields(cls) if f.default is None}
-    return cls(**{k: v for k, v in parameters.items() if not (k in optional and (v == '' or v == (-1 if k in ('guidance', 'guided_channels') else 0)))})
+    def unsaid(name, value): # by the type of the field: `--p seeds 0` arrives as a number, and is a seed
+        kind = next((get_args(f.type)[0] for f in fields(cls) if f.name == name and f.default is None), None)
+        if kind is str or isinstance(value, str): return kind is not None and value == ''
+        return kind is not None and value == (-1 if name in ('guidance', 'guided_channels') else 0)
+    return cls(**{k: v for k, v in parameters.items() if not unsaid(k, v)})
 
 # %% ../nbs/15_evaluate.ipynb #325988b0
-class Autocast(nn.Module):
-    "A network whose layers run in another dtype where autocast thinks it safe; its attributes are those of the network."
-    def __init__(self, net: nn.Module, dtype: torch.dtype): super().__init__(); self.net, self.dtype = net, dtype
+class Prepared(nn.Module):
+    "A network that runs under autocast, or whose output is copied out of a buffer; its attributes are those of the network."
+    def __init__(self, net: nn.Module, dtype: torch.dtype | None, copies: bool): super().__init__(); self.net, self.dtype, self.copies = net, dtype, copies
 
     def __getattr__(self, name):
         try: return super().__getattr__(name)
         except AttributeError: return getattr(super().__getattr__('net'), name)
 
     def forward(self, x: Tensor, *args) -> Tensor:
-        with torch.autocast(x.device.type, self.dtype): return self.net(x, *args)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None): out = self.net(x, *args)
+        return out.clone() if self.copies else out
 
 def prepare(
     net: nn.Module, # on its device
@@ -222,8 +232,9 @@ def prepare(
 ) -> nn.Module:
     "The network in the numbers and the form it is to run in."
     dtype, inside = PRECISIONS[check_choice('precision', precision, PRECISIONS)]; net = net.to(dtype)
-    if check_choice('compile', compile, COMPILE) != 'none': net = torch.compile(net, mode=compile)
-    return Autocast(net, inside) if inside else net
+    if check_choice('compile', compile, COMPILE) != 'none': net = torch.compile(net, mode=compile, dynamic=False) # a short last batch gets kernels of its own
+    buffers = compile in ('reduce-overhead', 'max-autotune') # their CUDA graphs write every output to the same place; multistep solvers keep the last ones
+    return Prepared(net, inside, buffers) if inside or buffers else net
 
 @contextlib.contextmanager
 def tf32(
@@ -253,12 +264,21 @@ def end_points(
     return torch.cat(out), seconds
 
 # %% ../nbs/15_evaluate.ipynb #2742c1ce
-SOURCES = 'utils paths fields solvers kernels models data metrics inception shards evaluate'.split() # modules whose code makes the numbers
+SOURCES = { # what makes the numbers of a shard: module: names in it; all of it if there are none
+    'paths': (), 'fields': (), 'solvers': (), 'kernels': (), 'models': (), 'utils': ('indexed_noise',), 'data': ('to_uint8', 'to_float'), 'shards': ('shard_ranges', 'batch_ranges'),
+    'metrics': ('FashionClassifier', 'extract', '_extractor_class'), 'inception': ('Inception',), 'evaluate': ('Prepared', 'prepare', 'tf32', 'end_points', 'FashionExtractor', 'Sampler', 'shard', 'PRECISIONS'),
+}
 
 @functools.lru_cache
 def code_digest() -> str: # 12 hexadecimal digits
-    "Hash of the modules that make the numbers: results of other code are not gone on with."
-    return hashlib.sha256(b''.join((package_root() / f'{m}.py').read_bytes() for m in SOURCES)).hexdigest()[:12]
+    "Hash of the code that makes the numbers: results of other code are not gone on with."
+    h = hashlib.sha256()
+    for module, names in SOURCES.items():
+        text = (package_root() / f'{module}.py').read_text(encoding='utf-8')
+        for node in ast.parse(text).body:
+            own = [getattr(node, 'name', None), *(t.id for t in getattr(node, 'targets', []) if isinstance(t, ast.Name))]
+            if not names or set(own) & set(names): h.update(ast.unparse(node).encode()) # without comments
+    return h.hexdigest()[:12]
 
 class FashionExtractor:
     "The classifier of `12_metrics` as an extractor of shards."
@@ -267,10 +287,6 @@ class FashionExtractor:
 @patch
 def common(self:Protocol) -> dict:
     "The part of every row's identity that files and hashes go into; fetches what is missing."
-    return dict(_common(self))
-
-@functools.lru_cache(maxsize=8) # files of several gigabytes are hashed
-def _common(self: Protocol) -> dict:
     vae = {f: sha256(vae_folder(self.vae) / f) for f in VAE_FILES} | dict(scale=self.vae_scale) if self.vae != 'none' else 'none'
     extractor = extractor_name() if self.protocol == 'fashion' else f'inception-{sha256(inception_file(self.inception))[:10]}'
     return dict(code=code_digest(), torch=torch.__version__, model=self.model, weights=sha256(model_file(self.model, self.checkpoint or None)), path=repr(self.path), guidance=self.guidance,
@@ -309,14 +325,15 @@ class Sampler:
     @functools.cached_property
     def extractor(self): return FashionExtractor() if self.p.protocol == 'fashion' else Inception(inception_file(self.p.inception), self.device)
 
-    def batch(self, solver: Solver, seed: int, start: int, stop: int) -> tuple[Tensor, Tensor, float]: # end points [n, ...], images uint8 [n, C, H, W], seconds of sampling
-        "Samples start..stop-1 of a seed; states that are not finite become grey images."
+    def batch(self, solver: Solver, seed: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, float]: # end points [n, ...], images uint8 [n, C, H, W], which are finite [n], seconds of sampling
+        "Samples start..stop-1 of a seed; an end point or a decoded image that is not finite becomes a grey image, and is marked."
         noise = indexed_noise(range(start, stop), self.p.sample_shape, seed, device=self.device)
         labels = torch.arange(start, stop, device=self.device) % self.field.null_label
         with tf32(self.p.precision):
             x, seconds = end_points(self.field, noise, labels, solver, stop - start, self.bar)
             images = x if self.vae is None else self.vae.decode(x.nan_to_num(0, 0, 0).to(self.device)).cpu()
-        return x, to_uint8(images.nan_to_num(0, 1, -1)), seconds
+        finite = x.flatten(1).isfinite().all(1) & images.flatten(1).isfinite().all(1)
+        return x, to_uint8(images.nan_to_num(0, 1, -1)), finite, seconds
 
 # %% ../nbs/15_evaluate.ipynb #1f4e82c4
 EXAMPLES = 10 # images shown in the figures: the first of the first seed
@@ -334,10 +351,9 @@ def shard(
     "Compute and write one shard."
     parts, examples, seconds = [], [], 0.
     for a, b in batch_ranges(start, stop, self.p.batch_size):
-        x, images, spent = self.batch(solver, seed, a, b); seconds += spent
+        x, images, finite, spent = self.batch(solver, seed, a, b); seconds += spent
         error = (x - (x if target is None else target[a - start:b - start])).double().square().flatten(1).mean(1)
         part = self.extractor(images) | dict(square_error=error)
-        finite = x.flatten(1).isfinite().all(1)
         for k in ('features', 'logits', 'spatial'):
             if k in part: part[k][~finite] = math.nan # no metric may be computed from a grey stand-in
         if target is None: part['end_point'] = x
@@ -360,13 +376,17 @@ def compute_shards(
 ):
     "This process's share of the shards that are missing or damaged; returns when all processes are done."
     state = workers(p.device)
-    with state.local_main_process_first(): reference_source(p); common = p.common() # one process of a machine fetches
+    with state.local_main_process_first(): common = p.common(); reference_source(p) # one process of a machine fetches
+    if state.is_main_process:
+        sweep(shards_dir)
+        if p.protocol != 'fashion' and not Path(reference_source(p)).is_dir(): reference_of(p, shards_dir, progress) # what is wrong with it is said before hours of sampling; a folder is read afterwards, it takes an hour itself
     folders = p.folders(shards_dir, common)
+    if state.is_main_process: say_what_differs(folders)
     solvers = {'teacher': teacher_solver(p.teacher_steps, p.path), **p.select()[0]}
-    if state.is_main_process: sweep(shards_dir)
     device = torch.device(p.device) if state.num_processes == 1 else state.device
-    units = [(seed, r) for seed in p.seed_list for r in folders['teacher', seed].ranges][state.process_index::state.num_processes]
-    todo = [(seed, r, [n for n in solvers if not folders[n, seed].done(*r)]) for seed, r in units]
+    units = [(seed, r, [n for n in solvers if not folders[n, seed].done(*r)]) for seed in p.seed_list for r in folders['teacher', seed].ranges]
+    state.wait_for_everyone() # no rank writes before all have the same list
+    todo = [unit for unit in units if unit[2]][state.process_index::state.num_processes]
     total = sum((b - a) * solvers[n].nfe for _, (a, b), names in todo for n in names)
     with tqdm(total=total, desc=f'{p.model}, {p.steps} steps', unit='image·NFE', disable=not progress or not total, mininterval=2) as bar:
         sampler = Sampler(p, device, bar, f'{state.process_index} of {state.num_processes}')
@@ -376,6 +396,15 @@ def compute_shards(
                 sampler.shard(folders[name, seed], solvers[name], seed, a, b, target)
     state.wait_for_everyone()
 
+def say_what_differs(folders: dict[tuple[str, int], Shards]):
+    "Name the results of other protocols that lie beside a row which begins anew."
+    for (name, seed), shards in folders.items():
+        start = shards.folder.name.removesuffix(shards.digest); others = [f for f in shards.folder.parent.glob(f'{start}*') if f != shards.folder and any(f.glob('*.safetensors'))]
+        if others and not shards.folder.exists():
+            try: known = read_shard(next(others[-1].glob('*.safetensors')))[1]['protocol']
+            except DamagedShard: continue
+            print(f'{name}, seed {seed}: {others[-1].name} is of another protocol ({differences(known, shards.protocol)}); computed anew.'); return
+
 # %% ../nbs/15_evaluate.ipynb #698b9f08
 def measure(
     p: Protocol, # what is evaluated
@@ -384,7 +413,8 @@ def measure(
 ) -> dict[str, float]: # metrics of the protocol, rmse, seconds
     "The numbers of one row and seed, read from its shards."
     error = shards.rows('square_error')[:]; out = dict(rmse=error.mean().sqrt().item(), seconds=sum(c['seconds'] for c in shards.cards()))
-    if not error.isfinite().all(): return dict.fromkeys(PROTOCOLS[p.protocol], math.nan) | out | dict(rmse=math.nan)
+    if not math.isfinite(out['rmse']): out['rmse'] = math.nan
+    if not all(block.isfinite().all() for block in blocks(shards.rows('features'))): return dict.fromkeys(PROTOCOLS[p.protocol], math.nan) | out # a sample of this row
     if p.protocol != 'fashion': return image_metrics({k: shards.rows(k) for k in ('features', 'spatial', 'logits')}, reference, p.device) | out
     labels = torch.arange(len(shards)) % 10
     return compute_metrics(Features(shards.rows('features')[:], shards.rows('logits')[:]), labels, reference) | out
@@ -434,10 +464,12 @@ def evaluate_shards(
     return pd.DataFrame([summary(p, name, solvers.get(name), r) for name, r in results.items() if r]), examples
 
 def launch(p: Protocol, shards_dir: str | os.PathLike, processes: int):
-    "Start processes from a notebook; they compute the shards and end."
-    from accelerate import debug_launcher, notebook_launcher
-    if torch.device(p.device).type == 'cuda': notebook_launcher(compute_shards, (p, shards_dir), num_processes=processes)
-    else: debug_launcher(compute_shards, (p, shards_dir), num_processes=processes)
+    "Start processes from a notebook, and wait for them: torchrun sets what accelerate reads."
+    gpus = torch.cuda.device_count()
+    if torch.device(p.device).type == 'cuda' and processes > gpus: raise ValueError(f'processes={processes} is not allowed: there are {gpus} GPUs.')
+    flags = [w for f in fields(p) for w in (f'--{f.name}', str(getattr(p, f.name)))]
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), '-m', 'neuralsolver.evaluate', *flags, '--shards_dir', str(Path(shards_dir).resolve()), '--only_shards'])
+    if done.returncode: raise RuntimeError(f'the processes ended with code {done.returncode}; what they said is above, or in the terminal of this notebook. What they finished is kept.')
 
 # %% ../nbs/15_evaluate.ipynb #3df73ee7
 def summary(p: Protocol, name: str, solver: Solver | None, seeds: list[dict]) -> dict:
@@ -484,8 +516,10 @@ def protocol_card(p: Protocol, shards_dir: str | os.PathLike) -> dict:
     "Everything that goes with the numbers, as JSON."
     solvers, left_out = p.select(); identity = p.common(); folders = p.folders(shards_dir, identity)
     machines = sorted({c['hardware'] for shards in folders.values() for c in shards.cards()})
+    reference = reference_of(p, shards_dir, False)
     metrics = metrics_protocol() | dict(n_real_kid_pr=KID_PR_REAL) if p.protocol == 'fashion' else dict(
-        extractor=identity['extractor'], reference=reference_of(p, shards_dir, False).name, pr_neighbours=3, is_split_size=5000, resize="TF1's bilinear to 299, inside the network")
+        extractor=identity['extractor'], reference=reference.name, n_real_fid=reference.n_real or 'as the reference has it', n_real_pr=0 if reference.features is None else len(reference.features),
+        pr_neighbours=3, is_split_size=5000, resize="TF1's bilinear to 299, inside the network", **{m: importlib.metadata.version(m) for m in ('torch-fidelity', *(['diffusers'] if p.vae != 'none' else []))})
     return dict(protocol=asdict(p), counts=p.counts, identity=identity, teacher=f'{teacher_solver(1, p.path).name}-{p.teacher_steps}', solvers={n: dict(digest=s.digest, params=s.params) for n, s in solvers.items()},
                 left_out=left_out, notes=p.notes(), metrics=metrics, reported=f'arXiv 2505.21114: {reported_protocol(p.model)}', hardware=machines,
                 versions={m.__name__: m.__version__ for m in (torch, np, pd)} | dict(python=platform.python_version()))
@@ -535,9 +569,10 @@ def main(args: list[str] | None = None):
         parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'{kind.__name__}, ' + ('as the profile says' if f.default is None else f'default {f.default!r}'))
     parser.add_argument('--reports_dir', default='', help="folder of the reports; default reports/ of the repository")
     parser.add_argument('--shards_dir', default='', help='folder of the shards, one for all machines; default shards/ in the folder of the reports')
-    given = vars(parser.parse_args(args)); reports = reports_root(given.pop('reports_dir')); shards = given.pop('shards_dir') or reports / 'shards'
+    parser.add_argument('--only_shards', action='store_true', help='write no reports')
+    given = vars(parser.parse_args(args)); reports = reports_root(given.pop('reports_dir')); shards = given.pop('shards_dir') or reports / 'shards'; only_shards = given.pop('only_shards')
     p = Protocol(**given); state = workers(p.device)
     compute_shards(p, shards, state.is_local_main_process)
-    if state.is_main_process: print(write_reports(p, *evaluate_shards(p, shards), reports, shards))
+    if state.is_main_process and not only_shards: print(write_reports(p, *evaluate_shards(p, shards), reports, shards))
 
 if __name__ == '__main__' and '__file__' in globals(): main() # not in a notebook

@@ -149,18 +149,19 @@ def _collect(images: NpzImages, extractor: Inception, batch_size: int, whole: bo
     return out
 
 # %% ../nbs/13_inception.ipynb #2264aa8e
-def _read_npz(path: Path, extractor: Inception, batch_size: int, cache: Path | None, progress: bool) -> ImageReference:
+def _read_npz(path: Path, extractor: Inception, size: int | None, batch_size: int, cache: Path | None, progress: bool) -> ImageReference:
     "Form 1, or an .npz with mu and sigma only."
     known, images = _moments_of(path)
     if not images and 'mu' not in known: raise ValueError(f'{path} has neither arr_0 (images) nor mu and sigma: it is no reference.')
     digest = sha256(path); name = f'{path.name} ({digest[:10]})'
     if not images: return ImageReference(known['mu'], known['sigma'], known.get('mu_s'), known.get('sigma_s'), None, None, name)
     whole = 'mu' not in known; source = NpzImages(path, None if whole else MOST)
+    if whole: check_int(f'images in {path}', len(source), MIN_SAMPLES)
+    if size and source.shape[1:3] != (size, size): raise ValueError(f'{path}: its images are {source.shape[1]} x {source.shape[2]}, those to be measured {size} x {size}: give a reference of that size.')
     kept = cache and cache / f'{path.stem}-{digest[:10]}-{extractor.name}.safetensors'
     if kept and kept.exists():
         with safe_open(kept, 'pt') as f: got = {k: f.get_tensor(k) for k in f.keys()}
     else:
-        if whole: check_int(f'images in {path}', len(source), MIN_SAMPLES)
         got = _collect(source, extractor, batch_size, whole, progress)
         if kept: _write(kept, got, dict(n_real=len(source) if whole else None))
     known = got | known # the file's own moments are those of the training set
@@ -229,7 +230,7 @@ def check_reference(source: str | os.PathLike) -> Path:
 def read_reference(
     source: str | os.PathLike, # .npz (ADM's batch; arr_0; mu and sigma), a folder of images, or a .safetensors that a folder left behind
     extractor: Inception, # the network in use
-    size: int | None = None, # side of the images; needed for a folder
+    size: int | None = None, # side of the images; needed for a folder, checked for an .npz
     batch_size: int = 50, # images at a time
     cache: str | os.PathLike | None = None, # folder that keeps what takes long; None = nothing kept (npz), beside the images (folder)
     progress: bool = True, # tqdm progress bar
@@ -239,7 +240,7 @@ def read_reference(
     "Statistics of real images; a ValueError says what a source must be."
     path, cache = check_reference(source), Path(cache) if cache else None
     if path.is_dir(): return _read_folder(path, extractor, check_int('size', size), batch_size, cache, progress, workers, save_every)
-    if path.suffix == '.npz': return _read_npz(path, extractor, batch_size, cache, progress)
+    if path.suffix == '.npz': return _read_npz(path, extractor, size, batch_size, cache, progress)
     try:
         with safe_open(path, 'pt') as f: card = json.loads((f.metadata() or {}).get('card', '{}')); tensors = {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError) as e: raise ValueError(f'{path} is cut or no .safetensors file ({e}): make it again from the folder.') from e

@@ -167,6 +167,6 @@ def sweep(
     hours: float = 1., # age
 ) -> int: # files removed
     "Remove what killed processes left half written; younger files may belong to a run that lives."
-    old = [p for p in Path(folder).rglob('.*.safetensors') if time.time() - p.stat().st_mtime > 3600 * hours]
+    old = [p for p in Path(folder).rglob('.[0-9]*-[0-9]*-*.safetensors') if time.time() - p.stat().st_mtime > 3600 * hours]
     for p in old: p.unlink(missing_ok=True)
     return len(old)

@@ -8,7 +8,7 @@ __all__ = ['ASSET_FOLDER', 'package_root', 'repository_root', 'data_root', 'data
            'indexed_noise', 'asset_file', 'import_torchvision']
 
 # %% ../nbs/00_utils.ipynb #b7d8b4ee
-import contextlib, hashlib, importlib.util, json, os, tempfile
+import contextlib, functools, hashlib, importlib.util, json, os, tempfile
 from numbers import Integral
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
@@ -124,6 +124,11 @@ def write_json(path: str | os.PathLike, obj) -> Path:
 
 def sha256(path: str | os.PathLike) -> str:
     "Hexadecimal SHA-256 of a file."
+    stat = os.stat(path)
+    return _sha256(os.path.realpath(path), stat.st_size, stat.st_mtime_ns)
+
+@functools.lru_cache(maxsize=256) # a file that has not changed is not read again: some have gigabytes
+def _sha256(path: str, size: int, time: int) -> str:
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/00_utils.ipynb #5c3b6bd7

@@ -87,6 +87,10 @@ def test_adms_batch_gives_its_own_moments_and_the_features_of_its_images(extract
     assert scores['fid'] == pytest.approx(2048, rel=1e-3) and scores['sfid'] == pytest.approx(4 * 2023, rel=1e-3) and scores['precision'] == scores['recall'] == 1 # shifted by 1 and by 2, the same covariance
     assert set(image_metrics(dict(features=heads['features']), ref._replace(features=None))) == {'fid'}
 
+def test_precision_is_of_the_samples_and_recall_of_the_real_images(heads):
+    f = heads['features']; ref = ImageReference(*moments(f), None, None, torch.cat([f[:8], f[:8] + 10 * torch.arange(1, 9)[:, None]]), 16, 'half of it far away')
+    scores = image_metrics(dict(features=f[:10]), ref); assert scores['precision'] >= .8 and scores['recall'] <= .6
+
 def test_images_only_and_moments_only(extractor, images, heads, tmp_path):
     adm_batch(tmp_path / 'images.npz', images, heads, mu=None, sigma=None, mu_s=None, sigma_s=None)
     ref = read_reference(tmp_path / 'images.npz', extractor, cache=tmp_path, batch_size=12, progress=False); assert ref.n_real == 12

@@ -1,5 +1,5 @@
 "Evaluation at scale: killed, damaged, divided among processes, and the paper's protocol from end to end in small."
-import json, multiprocessing, os, random, signal, subprocess, sys, time
+import io, json, multiprocessing, os, random, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 import neuralsolver as ns
@@ -93,8 +93,9 @@ def test_a_longer_run_goes_on_from_a_shorter_one(small, tmp_path):
 
 # Many processes
 
-def command(*args, env=None):
-    done = subprocess.run([str(a) for a in args], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=os.environ | {'OMP_NUM_THREADS': '1'} | (env or {}))
+def command(*args, threads='1'):
+    env = {k: v for k, v in os.environ.items() if k != 'OMP_NUM_THREADS'} | ({'OMP_NUM_THREADS': threads} if threads else {})
+    done = subprocess.run([str(a) for a in args], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 FLAGS = [w for k, v in SMALL.items() for w in (f'--{k}', str(v))]
@@ -107,8 +108,9 @@ def test_two_processes_of_accelerate_give_the_numbers_of_one(small, tmp_path):
     assert pids == {'0 of 2', '1 of 2'}
 
 def test_two_processes_from_the_notebook(small, tmp_path):
-    command(BIN / 'papermill', 'nbs/eval.ipynb', tmp_path / 'executed.ipynb', *[w for k, v in (SMALL | dict(processes=2, reports_dir=tmp_path)).items() for w in ('--p', k, str(v))])
-    assert pd.read_csv(tmp_path / 'eval_fashion-mixture_5.csv').drop(columns='seconds').to_csv() == small[1]
+    "With as many threads as torch likes: no process may wait for the threads of its parent."
+    command(BIN / 'papermill', 'nbs/eval.ipynb', tmp_path / 'executed.ipynb', *[w for k, v in (SMALL | dict(processes=2, reports_dir=tmp_path)).items() for w in ('--p', k, str(v))], threads=None)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / 'eval_fashion-mixture_5.csv').drop(columns='seconds'), pd.read_csv(io.StringIO(small[1]), index_col=0), rtol=1e-4)
     assert {read_shard(f)[1]['info']['process'] for f in (tmp_path / 'shards').rglob('*.safetensors')} == {'0 of 2', '1 of 2'}
 
 # The paper's profile from end to end, in small: latents, autoencoder, Inception (random weights), a reference batch
@@ -118,11 +120,13 @@ def paper(tmp_path_factory):
     from diffusers import AutoencoderKL
     folder = tmp_path_factory.mktemp('paper'); torch.manual_seed(0)
     net = SiT(8, 2, 4, 32, 1, 2, num_classes=1000)
-    with torch.no_grad(): [p.add_(.05 * torch.randn_like(p)) for p in net.parameters() if p.requires_grad]
+    with torch.no_grad(): [p.add_(.2 * torch.randn_like(p)) for p in net.parameters() if p.requires_grad]
     save_model(net, net.state_dict(), folder / 'latent.safetensors', dict(data='none'))
     vae = AutoencoderKL(down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4, block_out_channels=(8,) * 4, norm_num_groups=4, sample_size=64)
     vae.save_pretrained(folder / 'vae'); random_inception(folder / 'inception.pth')
-    np.savez(folder / 'reference.npz', arr_0=np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), dtype=np.uint8))
+    with torch.no_grad(): # the reference: samples of the same model, so that precision and recall lie between 0 and 1
+        x = ns.sample(ns.Field(net.eval(), guidance=1.375), indexed_noise(range(24), (4, 8, 8), 5), ns.euler(6), torch.arange(24)); images = to_uint8(vae.eval().decode(x / .18215).sample)
+    np.savez(folder / 'reference.npz', arr_0=images.permute(0, 2, 3, 1).numpy())
     given = dict(profile='paper', model=str(folder / 'latent.safetensors'), steps=5, samples=16, batch_size=5, shard_batches=2, solvers='sit-xl-2', teacher_steps=6, device='cpu', precision='float32',
                  vae=str(folder / 'vae'), inception=str(folder / 'inception.pth'), reference=str(folder / 'reference.npz'), images='sit-xl-2')
     command(BIN / 'papermill', 'nbs/eval.ipynb', folder / 'executed.ipynb', *[w for k, v in (given | dict(reports_dir=folder)).items() for w in ('--p', k, str(v))])
@@ -131,7 +135,7 @@ def paper(tmp_path_factory):
 def test_the_papers_profile_writes_the_papers_columns(paper):
     folder, given = paper; t = pd.read_csv(folder / 'eval_latent_5.csv').set_index('solver'); card = json.loads((folder / 'eval_latent_5.json').read_text())
     assert list(t.index) == ['sit-xl-2', 'teacher', 'real'] and (t.guidance.dropna() == 1.375).all() and (t.nfe.dropna() == [5, 6]).all()
-    measured = t.loc[['sit-xl-2', 'teacher'], ['fid', 'sfid', 'is', 'precision', 'recall', 'rmse']]; assert measured.notna().all().all() and (measured.fid > 0).all()
+    measured = t.loc[['sit-xl-2', 'teacher'], ['fid', 'sfid', 'is', 'precision', 'recall', 'rmse']]; assert measured.notna().all().all() and (measured.fid > 0).all() and abs(measured.fid['sit-xl-2'] / measured.fid['teacher'] - 1) > 1e-2
     assert t.rmse['teacher'] == 0 and t.reported_fid['sit-xl-2'] == pd.read_csv(ROOT / 'data/reported.csv').query("where == 'figure 3a' and steps == 5 and solver == 'Searched on SiT-XL/2'").value.iloc[0]
     assert card['identity']['guided_channels'] == 'all' and card['identity']['vae']['scale'] == .18215 and card['identity']['extractor'].startswith('inception-') and card['protocol']['protocol'] == 'adm'
 
@@ -153,6 +157,10 @@ def test_fid_and_is_are_those_of_torch_fidelity_on_the_exported_images(paper):
                                                     feature_extractor_weights_path=str(folder / 'inception.pth'), samples_find_deep=False)
     t = pd.read_csv(folder / 'eval_latent_5.csv').set_index('solver').loc['sit-xl-2']
     assert np.isclose(t.fid, got['frechet_inception_distance'], rtol=1e-4) and np.isclose(t['is'], got['inception_score_mean'], rtol=1e-5)
+    from neuralsolver.inception import Inception
+    from torch_fidelity.metric_prc import prc_features_to_metric
+    extractor = Inception(folder / 'inception.pth'); f, g = (extractor(torch.stack(list(map(images(name).__getitem__, range(len(images(name)))))))['features'] for name in ('eval_latent_5_sit-xl-2-0.npz', 'reference.npz'))
+    theirs = prc_features_to_metric(f, g, prc_neighborhood=3, verbose=False); assert np.isclose(t.precision, theirs['precision'], rtol=1e-5) and np.isclose(t.recall, theirs['recall'], rtol=1e-5) and t.precision + t.recall > 0
 
 @pytest.mark.parametrize('precision', ['bfloat16', 'float16-mixed', 'bfloat16-mixed', 'tf32'])
 def test_precisions_stay_near_float32(paper, precision):
@@ -160,7 +168,41 @@ def test_precisions_stay_near_float32(paper, precision):
     from tqdm import tqdm
     for q in (exact, p): sampler = ev.Sampler(q, torch.device('cpu'), tqdm(disable=True)); ends.append(sampler.batch(ns.load_solver('sit-xl-2', 5), 0, 0, 4)[0])
     assert ends[1].dtype == torch.float32 and torch.get_float32_matmul_precision() == 'highest'
-    error = (ends[1] - ends[0]).norm() / ends[0].norm(); assert error < .02 and (error > 0) == (precision != 'tf32') # on the CPU tf32 changes nothing
+    error = (ends[1] - ends[0]).norm() / ends[0].norm(); assert error < .06 and (error > 0) == (precision != 'tf32') # on the CPU tf32 changes nothing
+
+def test_an_autoencoder_that_overflows_is_no_grey_image(paper, tmp_path, monkeypatch):
+    _, given = paper; decode = Autoencoder.decode
+    monkeypatch.setattr(Autoencoder, 'decode', lambda self, z: decode(self, z).index_fill(0, torch.tensor([1]), float('inf')))
+    sampler = ev.Sampler(Protocol(**given), torch.device('cpu'), ev.tqdm(disable=True)); x, images, finite, _ = sampler.batch(ns.euler(2), 0, 0, 3)
+    assert x.isfinite().all() and finite.tolist() == [True, False, True] and images.dtype == torch.uint8
+
+@pytest.mark.parametrize('make, message', [(lambda f: np.savez(f, x=np.zeros(3)), 'neither arr_0'), (lambda f: np.savez(f, arr_0=np.zeros((9, 32, 32, 3), np.uint8)), '32 x 32, those to be measured 64 x 64')])
+def test_a_wrong_reference_is_refused_before_sampling(paper, tmp_path, make, message):
+    make(tmp_path / 'bad.npz'); p = Protocol(**paper[1] | dict(reference=str(tmp_path / 'bad.npz')))
+    with pytest.raises(ValueError, match=message): ev.compute_shards(p, tmp_path / 'shards', False)
+    assert not list(tmp_path.rglob('0*.safetensors'))
+
+def test_weights_that_change_are_another_protocol(tmp_path, capsys):
+    torch.manual_seed(0); net = SiT(28, 14, 1, 16, 1, 2, num_classes=10, learn_sigma=False); file = tmp_path / 'mine.safetensors'; p = dict(model=str(file), steps=2, samples=16, seeds='0', solvers='euler', teacher_steps=3, batch_size=8)
+    for scale in (1., 3.):
+        with torch.no_grad(): net.final_layer.linear.weight.fill_(scale / 10)
+        save_model(net, net.state_dict(), file, {}); end = ev.evaluate(Protocol(**p), False, tmp_path / 'shards')[0].rmse[0]
+        if scale == 1: first = end
+    assert end != first and 'computed anew' in capsys.readouterr().out
+
+@pytest.mark.parametrize('mode', ['default'])
+def test_a_compiled_network_gives_the_numbers_of_the_plain_one(tmp_path, mode):
+    if not __import__('shutil').which('g++'): pytest.skip('torch.compile needs a C++ compiler')
+    ends = [ev.Sampler(Protocol('sit-tiny', 2, batch_size=4, compile=c), torch.device('cpu'), ev.tqdm(disable=True)).batch(ns.adam2(2), 0, 0, n)[0] for c in ('none', mode) for n in (4,)]
+    assert torch.allclose(ends[0], ends[1], atol=1e-4)
+
+def test_a_diverged_teacher_takes_only_the_distances(tmp_path):
+    p = Protocol(**SMALL | dict(solvers='euler')); sample = ev.sample
+    def broken(field, x, solver, y): out = sample(field, x, solver, y); return out if solver.steps == 5 else out.index_fill(0, torch.tensor([1]), float('nan'))
+    ev.sample = broken
+    try: t, _ = ev.evaluate(p, False, tmp_path)
+    finally: ev.sample = sample
+    t = t.set_index('solver'); assert t.loc['euler', ['fd', 'is']].notna().all() and np.isnan(t.rmse['euler']) and t.loc['teacher', ['fd', 'is']].isna().all()
 
 def test_a_diverged_row_has_no_metrics(tmp_path):
     p = Protocol(**SMALL | dict(solvers='euler')); sample = ev.sample
