@@ -43,7 +43,8 @@ def test_killed_twenty_times_the_table_is_the_same_to_the_byte(tmp_path, monkeyp
     rng, kept, kills = random.Random(0), {}, 0
     for _ in range(20):
         sampling = context.Event(); process = context.Process(target=child, args=(killed / 'shards', sampling)); process.start()
-        assert sampling.wait(120); time.sleep(rng.uniform(0, 1.5 * one_file))
+        assert sampling.wait(120); time.sleep(rng.uniform(0, one_file * (1.5 if len(kept) < 12 else .2))) # at random, but the twenty must fit into the run
+        if kills > 9 and len(kept) < 2: time.sleep(2 * one_file) # a slow machine
         if process.is_alive(): os.kill(process.pid, signal.SIGKILL); kills += 1
         process.join()
         for f in (killed / 'shards').rglob('[0-9]*.safetensors'):
