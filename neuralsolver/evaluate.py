@@ -28,7 +28,7 @@ from .metrics import blocks, compute_metrics, extract, extractor_name, Features,
 from .models import Autoencoder, CHECKPOINTS, load_card, load_model, model_architecture, model_file, model_path, vae_folder, VAE_FILES
 from .neural import CLASSICAL, EXPONENTIAL, get_solver, list_solvers
 from .paths import LinearPath, Path as NoisePath
-from .shards import batch_ranges, DamagedShard, differences, read_shard, shard_ranges, Shards, sweep, workers
+from .shards import batch_ranges, DamagedShard, differences, read_shard, remove_unfinished, shard_ranges, Shards, workers
 from .solver_search import teacher_solver
 from .solvers import Solver, sample
 from .utils import atomic_path, check_choice, check_float, check_int, data_file, indexed_noise, package_root, sha256, split_names, write_json, write_text
@@ -109,11 +109,10 @@ class Protocol:
 from fastcore.basics import patch, patch_to
 
 def check_device(device: str):
-    "ValueError for a device that is not here; does not initialise CUDA, so that processes can still be forked."
+    "ValueError for a device that is not here."
     try: kind = torch.device(device)
     except RuntimeError as e: raise ValueError(f'device={device!r} is not a torch device: {str(e)[:100]}') from e
     if kind.type == 'cpu': return
-    os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1') # asks the driver's library instead of CUDA
     if kind.type != 'cuda' or not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count():
         raise ValueError(f'device={device!r} cannot be used here: there are {torch.cuda.device_count()} CUDA devices. Give cpu (--p device cpu), or a device that is there.')
 
@@ -378,7 +377,7 @@ def compute_shards(
     state = workers(p.device)
     with state.local_main_process_first(): common = p.common(); reference_source(p) # one process of a machine fetches
     if state.is_main_process:
-        sweep(shards_dir)
+        remove_unfinished(shards_dir)
         if p.protocol != 'fashion' and not Path(reference_source(p)).is_dir(): reference_of(p, shards_dir, progress) # what is wrong with it is said before hours of sampling; a folder is read afterwards, it takes an hour itself
     folders = p.folders(shards_dir, common)
     if state.is_main_process: say_what_differs(folders)
@@ -431,7 +430,7 @@ def reference_of(p: Protocol, shards_dir: str | os.PathLike, progress: bool = Tr
 
 def real_rows(p: Protocol, reference) -> list[dict]:
     "Metrics of real images, one a seed; empty when there are too few."
-    if p.protocol != 'fashion': return [] if reference.features is None else [dict(fid=frechet_distance(moments(reference.features), (reference.mu, reference.sigma)))]
+    if p.protocol != 'fashion': return [] if reference.features is None else [dict(fid=frechet_distance(moments(reference.features), (reference.mu, reference.sigma)), samples=len(reference.features))]
     features, labels = real_test(); ends = np.cumsum(p.counts)
     parts = [slice(b - n, b) for b, n in zip(ends, p.counts) if b <= len(labels)]
     return [compute_metrics(Features(*(v[part] for v in features)), labels[part], reference) for part in parts]
@@ -474,9 +473,9 @@ def launch(p: Protocol, shards_dir: str | os.PathLike, processes: int):
 # %% ../nbs/15_evaluate.ipynb #3df73ee7
 def summary(p: Protocol, name: str, solver: Solver | None, seeds: list[dict]) -> dict:
     "One row of the table: mean over seeds, standard deviation (n - 1) beside it, and what the paper reports."
-    frame = pd.DataFrame(seeds); mean, sd = frame.mean(), frame.std(); real = 'real' == name
+    frame = pd.DataFrame(seeds); mean, sd = frame.mean(), frame.std()
     row = dict(model=p.model, solver=name, steps=solver.steps if solver else None, nfe=solver.nfe if solver else None, guidance=p.guidance if solver else None,
-               params=solver.params if solver else None, samples=None if real and p.protocol != 'fashion' else sum(p.counts[:len(seeds)]))
+               params=solver.params if solver else None, samples=int(mean.get('samples', sum(p.counts[:len(seeds)]))))
     for metric in (*PROTOCOLS[p.protocol], 'rmse'): row |= {metric: mean.get(metric), f'{metric}_sd': sd.get(metric)}
     row |= dict(seconds=frame['seconds'].sum() if solver else None)
     return row | {f'reported_{m}': reported(p.model, name, solver.steps if solver else 0, m) for m in (('fid',) if p.protocol == 'fashion' else PROTOCOLS[p.protocol])}

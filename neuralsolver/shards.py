@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shard_ranges', 'batch_ranges', 'digest', 'Shards', 'DamagedShard', 'read_shard', 'differences', 'Rows', 'workers',
-           'sweep']
+           'remove_unfinished']
 
 # %% ../nbs/14_shards.ipynb #f17d2056
 import hashlib, json, os, time
@@ -162,7 +162,7 @@ def workers(
         raise ValueError(f'device={device!r} is not allowed: the processes of accelerate were started for {state.device.type}.')
     return state
 
-def sweep(
+def remove_unfinished(
     folder: str | os.PathLike, # of shards, with its folders
     hours: float = 1., # age
 ) -> int: # files removed

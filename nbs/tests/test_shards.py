@@ -137,6 +137,7 @@ def test_the_papers_profile_writes_the_papers_columns(paper):
     folder, given = paper; t = pd.read_csv(folder / 'eval_latent_5.csv').set_index('solver'); card = json.loads((folder / 'eval_latent_5.json').read_text())
     assert list(t.index) == ['sit-xl-2', 'teacher', 'real'] and (t.guidance.dropna() == 1.375).all() and (t.nfe.dropna() == [5, 6]).all()
     measured = t.loc[['sit-xl-2', 'teacher'], ['fid', 'sfid', 'is', 'precision', 'recall', 'rmse']]; assert measured.notna().all().all() and (measured.fid > 0).all() and abs(measured.fid['sit-xl-2'] / measured.fid['teacher'] - 1) > 1e-2
+    assert t.samples.tolist() == [16, 16, 24] # of the reference: its own number
     assert t.rmse['teacher'] == 0 and t.reported_fid['sit-xl-2'] == pd.read_csv(ROOT / 'data/reported.csv').query("where == 'figure 3a' and steps == 5 and solver == 'Searched on SiT-XL/2'").value.iloc[0]
     assert card['identity']['guided_channels'] == 'all' and card['identity']['vae']['scale'] == .18215 and card['identity']['extractor'].startswith('inception-') and card['protocol']['protocol'] == 'adm'
 
