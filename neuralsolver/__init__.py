@@ -13,11 +13,13 @@ _EXPORTS = {
     'spacings': ['time_grid'],
     'exponential': ['ddim', 'dpm_solver', 'dpm_solver_pp', 'unipc', 'deis', 'ipndm', 'ipndm_v', 'optimized_nodes'],
     'neural': ['NeuralSolver', 'neural_solver', 'list_solvers', 'load_solver', 'save_solver', 'get_solver'],
-    'solver_search': ['search', 'teacher_trajectories'],
+    'teachers': ['Teacher', 'teacher_trajectories', 'teacher_error'],
+    'closed_form': ['fit_rows', 'gits'],
+    'solver_search': ['search'],
     'models': ['SiT', 'DiT', 'FlowDCN', 'list_models', 'load_model'],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
-_MODULES = [*_EXPORTS, 'utils', 'data', 'training', 'metrics', 'evaluate', 'figures', 'papermill_engine']
+_MODULES = [*_EXPORTS, 'utils', 'kernels', 'data', 'training', 'metrics', 'inception', 'shards', 'evaluate', 'figures', 'papermill_engine', 'search_runs']
 _OPTIONAL = ['diffusers', 'pipelines', 'zero_shot'] # modules that need the extra: pip install "neuralsolver[diffusers]"
 __all__ = [*_MODULE_OF, *_MODULES]
 

@@ -46,13 +46,14 @@ COORDINATES = { # by prediction
 class Solver:
     "A sampler as data: x_{k+1} = gain[k] x_k + sum_{j<=k} weights[k, j] field(x_j, nodes[j]); the result is x_K."
     nodes: Tensor # evaluation times of the path, and the end time: float64 [K + 1]
-    weights: Tensor # step weights W, float64 [K, K], lower triangular, row k sums to span[k]
+    weights: Tensor # step weights W, float64 [K, K], lower triangular, row k sums to span[k] (with `gains`: to anything)
     name: str = 'solver' # what it is called in tables
     steps: int = 0 # steps of the method; 0 = one evaluation a step
     coordinates: str = 'velocity' # the prediction it integrates, a key of COORDINATES
     path: Path = LinearPath() # the path its nodes belong to
     params: int = 0 # how many of its numbers were searched (0 = a classical rule)
     provenance: dict = dataclass_field(default_factory=dict) # where the numbers come from: source, command, hashes
+    gains: Tensor | None = None # factor of the previous state in every step, float64 [K]; None = that of the coordinates, and rows must sum to the span; given: free, and so are the rows (arXiv 2403.01329)
 
     def __post_init__(self):
         nodes, weights = (torch.as_tensor(v, dtype=torch.float64, device='cpu') for v in (self.nodes, self.weights))
@@ -65,6 +66,10 @@ class Solver:
             raise ValueError(f'nodes {list(n.shape)} and weights {list(w.shape)} do not fit: K evaluations need nodes [K + 1], weights [K, K].')
         if not (n.isfinite().all() and w.isfinite().all()): raise ValueError('nodes and weights must be finite.')
         if w.triu(1).any(): raise ValueError('weights must be lower triangular: a step can use past evaluations only.')
+        if self.gains is not None: # the rows are free
+            gains = torch.as_tensor(self.gains, dtype=torch.float64, device='cpu'); object.__setattr__(self, 'gains', gains); g = gains.detach()
+            if g.shape != (K,) or not (g.isfinite() & (g != 0)).all(): raise ValueError(f'gains must be K = {K} finite numbers other than 0; got {g.tolist()}.')
+            return
         gap = (w.sum(1) - self.span.detach()).abs().max().item()
         if not gap <= 1e-9 * max(1, w.abs().max().item()):
             raise ValueError(f'each row of weights must sum to the span of its step (a constant field is integrated exactly); off by {gap:.1e}.')
@@ -74,16 +79,27 @@ class Solver:
     @property
     def scale(self) -> Tensor: "c at every node, [K + 1]: the coordinates are y = x / c."; return COORDINATES[self.coordinates].scale(self.path, self.nodes)
     @property
-    def gain(self) -> Tensor: "Factor of the previous state in every step, c_{k+1} / c_k, [K]; 1 for velocity."; return self.scale[1:] / self.scale[:-1]
+    def consistent(self) -> bool: "Is a constant prediction integrated exactly, with the gain of the coordinates?"; return self.gains is None
+    @property
+    def gain(self) -> Tensor: "Factor of the previous state in every step, [K]: `gains`, else c_{k+1} / c_k, which is 1 for velocity."; return self.scale[1:] / self.scale[:-1] if self.consistent else self.gains
     @property
     def span(self) -> Tensor: "What a prediction of 1 adds in every step, c_{k+1} (s_{k+1} - s_k), [K]."; return COORDINATES[self.coordinates].span(self.path, self.nodes[:-1], self.nodes[1:])
     @property
-    def tableau(self) -> Tensor: "A of y_k = y_0 + A q, [K, K]; row k - 1 belongs to y_k."; return (self.weights / self.scale[1:, None]).cumsum(0)
+    def kept(self) -> Tensor: "Weight of y_k in y_{k+1}, gain c_k / c_{k+1}, [K]; 1 for a consistent solver."; return torch.ones_like(self.nodes[1:]) if self.consistent else self.gains * self.scale[:-1] / self.scale[1:]
     @property
-    def influence(self) -> Tensor:
-        "How much each prediction moves the result, [K]: x_K = gain x_0 + influence q."
-        after = torch.cat([self.gain[1:].flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.float64)]) # factor from the state after step k to the result
-        return after @ self.weights
+    def start(self) -> Tensor: "Weight of y_0 in y_1, ..., y_K, [K]; 1 for a consistent solver."; return self.kept.cumprod(0)
+    @property
+    def tableau(self) -> Tensor:
+        "A of y_k = start y_0 + A q, [K, K]; row k - 1 belongs to y_k."
+        rows = self.weights / self.scale[1:, None]
+        if self.consistent: return rows.cumsum(0)
+        kept, A = self.kept, [rows[0]]
+        for k in range(1, self.nfe): A.append(kept[k] * A[-1] + rows[k])
+        return torch.stack(A)
+    @property
+    def growth(self) -> Tensor: "Factor from the state after every step to the result, [K]."; return torch.cat([self.gain[1:].flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.float64)])
+    @property
+    def influence(self) -> Tensor: "How much each prediction moves the result, [K]: x_K = (product of the gains) x_0 + influence q."; return self.growth @ self.weights
 
 # %% ../nbs/03_solvers.ipynb #15cbad98
 @patch
@@ -91,7 +107,7 @@ def to_dict(self: Solver) -> dict:
     "Plain JSON-able content; Python floats keep all 64 bits."
     return dict(name=self.name, steps=self.steps, nfe=self.nfe, coordinates=self.coordinates, params=self.params,
                 path=dict(name=next(n for n, c in PATHS.items() if type(self.path) is c), **asdict(self.path)), nodes=self.nodes.tolist(), weights=[row[:k + 1] for k, row in enumerate(self.weights.tolist())],
-                provenance=self.provenance)
+                provenance=self.provenance, **({} if self.consistent else dict(gains=self.gains.tolist())))
 
 @patch(cls_method=True)
 def from_dict(cls: Solver, d: dict) -> Solver:
@@ -102,10 +118,11 @@ def from_dict(cls: Solver, d: dict) -> Solver:
         check_int('steps', d['steps']); check_int('params', d['params'], 0)
         for key, kind in (('name', str), ('provenance', dict), ('path', dict)):
             if not isinstance(d[key], kind): raise ValueError(f'{key}={d[key]!r} is not allowed: give a {kind.__name__}.')
+        if d.get('gains') is not None: fields['gains'] = torch.tensor(d['gains'], dtype=torch.float64)
         path = dict(d['path']); fields['path'] = PATHS[path.pop('name')](**path)
         return cls(torch.tensor(d['nodes'], dtype=torch.float64), torch.tensor(rows, dtype=torch.float64), **fields)
     except (KeyError, TypeError) as e:
-        raise ValueError(f'not a solver: {e!r}. A solver has name, steps, coordinates, path, params, nodes, weights, provenance.') from e
+        raise ValueError(f'not a solver: {e!r}. A solver has name, steps, coordinates, path, params, nodes, weights, provenance, and gains if they are free.') from e
 
 def save_solver(
     solver: Solver, # any solver, searched or classical
@@ -117,7 +134,7 @@ def save_solver(
 @patch(as_prop=True)
 def digest(self: Solver) -> str:
     "SHA-256 (first 12 digits) of the numbers alone: equal for equal solvers, whatever their names."
-    content = json.dumps([self.coordinates, repr(self.path), self.nodes.tolist(), self.weights.tolist()])
+    content = json.dumps([self.coordinates, repr(self.path), self.nodes.tolist(), self.weights.tolist()] + ([] if self.consistent else [self.gains.tolist()]))
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 # %% ../nbs/03_solvers.ipynb #068c6520
@@ -150,7 +167,7 @@ def sample(
     cond: Tensor | None = None, # labels or other conditions; if given, the field is called as field(x, t, cond)
     trajectory: bool = False, # return every state Y_0..Y_K instead of the last one
 ) -> Tensor: # final state, shaped like noise, or [K + 1, B, ...] with `trajectory`; dtype and device of the noise
-    "Integrate the field with exactly `solver.nfe` calls. Differentiable in noise, nodes and weights. Keeps no state between calls."
+    "Integrate the field with exactly `solver.nfe` calls. Differentiable in noise, nodes, weights and gains. Keeps no state between calls."
     if not isinstance(solver, Solver): raise ValueError(f'solver must be a Solver, not {type(solver).__name__}: try neuralsolver.euler(8).')
     if not (isinstance(noise, Tensor) and noise.is_floating_point()): raise ValueError('noise must be a floating-point tensor [B, ...].')
     if hasattr(field, 'on'): field = field.on(solver.path, solver.coordinates)
@@ -165,7 +182,7 @@ def sample(
         if prediction.shape != x.shape:
             raise ValueError(f'the field returned shape {list(prediction.shape)} for a state of shape {list(x.shape)}: they must be equal.')
         history[k] = prediction.to(x.dtype)
-        if solver.coordinates != 'velocity': x = gain[k] * x
+        if solver.coordinates != 'velocity' or not solver.consistent: x = gain[k] * x
         for j in used[k]: x = torch.addcmul(x, history[j], weights[k, j])
         history = {j: v for j, v in history.items() if last_use.get(j, -1) > k}
         if trajectory: states.append(x)
@@ -366,9 +383,12 @@ def change_path(
     forward = nodes.diff() * (path.t_data - path.t_noise) > 0
     if not (forward | (solver.nodes.diff() == 0)).all():
         raise ValueError(f'{solver.name} has several nodes beyond the ends of {path}: give a path that reaches further.')
+    target = 'velocity' if path == LinearPath() and coordinates == 'flow' else coordinates
+    if not solver.consistent: # only the unit changes; by alpha and sigma together, as one of them may be 0 at an end
+        size = lambda p, n: torch.hypot(p.alpha(n), p.sigma(n)); unit = size(path, nodes) / size(solver.path, own)
+        return replace(solver, nodes=nodes, weights=solver.weights * unit[1:, None], gains=solver.gains * unit[1:] / unit[:-1], coordinates=target, path=path)
     form, still = COORDINATES[coordinates], solver.nodes.diff() == 0 # stages at one time: their rows sum to 0, and only the unit changes
     new, old = (form.span(p, n[:-1], n[1:]) for p, n in ((path, nodes), (solver.path, solver.nodes)))
     unit = form.scale(path, nodes) / form.scale(solver.path, solver.nodes)
     weights = solver.weights * torch.where(still, unit[1:], new / torch.where(still, 1, old))[:, None]
-    if path == LinearPath() and coordinates == 'flow': coordinates = 'velocity'
-    return replace(solver, nodes=nodes, weights=weights, coordinates=coordinates, path=path)
+    return replace(solver, nodes=nodes, weights=weights, coordinates=target, path=path)

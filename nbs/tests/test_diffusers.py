@@ -583,6 +583,34 @@ def test_a_users_solver_its_content_and_its_file_are_one(kind, tmp_path):
         assert relative(result, expected) < 1e-9
         with pytest.raises(ValueError, match=f'tables for {solver.nfe} steps'): s.set_timesteps(solver.nfe + 1)
 
+# Solvers with gains of their own
+
+def free_solver(path=LinearPath(), n=6):
+    g = torch.Generator().manual_seed(11); near = lambda *shape: 1 + .2 * torch.randn(*shape, generator=g, dtype=F64)
+    s = adams_bashforth(n, 3, torch.linspace(0, 1, n + 1, dtype=F64) ** 1.3) if path == LinearPath() else load_solver('dit-xl-2', n)
+    return replace(s, name='free', weights=(s.weights * near(n, n)).tril(), gains=s.gain * near(n))
+
+@pytest.mark.parametrize('cls, path', [(Flow, LinearPath()), (VP, VPPath())], ids=['flow', 'vp'])
+def test_a_solver_with_gains_runs_and_is_saved(cls, path, tmp_path):
+    solver = free_solver(path); own = dict(continuous=True) if cls is VP else {}; s = cls(solver=solver, **own)
+    assert s.solver_for(6).digest == solver.digest; expected = reference(s, 6, solver)
+    assert relative(loop(s, 6), expected) < (1e-9 if cls is Flow else 1e-6) # diffusers keeps timesteps in float32
+    s.save_pretrained(tmp_path); assert torch.equal(loop(cls.from_pretrained(tmp_path), 6), loop(s, 6))
+    assert relative(loop(s, 6), reference(s, 6, load_solver('dit-xl-2', 6) if cls is VP else adams_bashforth(6, 3, solver.nodes))) > 1e-2
+
+def test_a_solver_with_gains_in_float32_is_sample_on_an_exact_field():
+    centers = rand(4, 18, seed=3); field, solver = GaussianMixture(centers, .5), free_solver(); x = rand(4, 18, seed=4)
+    result = loop(Flow(solver=solver), 6, lambda x, t: -field(x, 1 - t / 1000), x)
+    assert relative(result, sample(field, x, solver)) < 2e-5
+    exact, y = GaussianMixture(centers.double(), .5), x.double(); s = Flow(solver=solver); s.set_timesteps(6)
+    for t, node in zip(s.timesteps, solver.nodes): y = s.step(-exact(y, node), t, y).prev_sample # told the nodes in full precision
+    assert relative(y, sample(exact, x.double(), solver)) < 1e-12
+
+def test_a_solver_with_gains_comes_to_the_table_at_equal_log_snr():
+    solver = free_solver(VPPath()); s = VP(solver=solver); there = s.solver_for(6)
+    assert there.path == s.path and there.digest == change_path(solver, s.path).digest and not there.consistent
+    assert relative(loop(s, 6), reference(s, 6, there)) < 1e-6
+
 # A pipeline's network as a field
 
 def field_of(name):
@@ -702,6 +730,8 @@ MISTAKES = {
     'shift': (lambda: Flow(shift=-3.), 'shift=-3.0'), 'no shift': (lambda: Flow(shift=0, compose_shift=True), 'shift=0'),
     'shift of a solver': (lambda: compose_shift(euler(4), -1.), 'shift=-1.0'),
     'shift of stages': (lambda: compose_shift(rk4(2), 3.), "'rk4' cannot be shifted"),
+    'shift of free gains': (lambda: compose_shift(free_solver(), 3.), "'free' cannot be shifted.*gains and row sums"), 'composed free gains': (lambda: Flow(solver=free_solver(), compose_shift=True), "'free' cannot be shifted"),
+    'kept times of free gains': (lambda: VP(solver=free_solver(VPPath()), carry='time'), "'free' cannot be shifted"), 'mean of free gains': (lambda: Flow(solver=free_solver(), mean_trick='average'), 'mean_trick needs rows'),
     'shift of a vp solver': (lambda: compose_shift(load_solver('dit-xl-2', 5), 3.), 'cannot be shifted.*linear path'),
     'inverted sigmas': (lambda: Flow.from_config(scheduler_of('FlowMatchEulerDiscrete', invert_sigmas=True).config), 'invert_sigmas=True'),
     'no mu': (lambda: stepped(Flow(compose_shift=True, use_dynamic_shifting=True)), 'mu=None.*compose_shift'),

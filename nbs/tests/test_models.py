@@ -9,8 +9,8 @@ from neuralsolver.models import (Checkpoint, CHECKPOINTS, SIZES, DiT, FlowDCN, S
                                   make_model, save_model)
 from neuralsolver.neural import get_solver, load_solver
 from neuralsolver.paths import LinearPath, VPPath
-from neuralsolver.solver_search import teacher_solver
 from neuralsolver.solvers import change_path, euler, sample
+from neuralsolver.teachers import teacher_solver
 from neuralsolver.utils import data_file, data_root, indexed_noise, sha256
 
 F64 = torch.float64

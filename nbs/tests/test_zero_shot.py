@@ -89,7 +89,7 @@ def test_search_on_a_pipelines_network(name):
     flow = name != 'random-pixart-sigma'; ours = scheduler_for(pipe, 'euler' if flow else 'ddim'); pipe.transformer.requires_grad_(False)
     field, shape = pipeline_field(pipe, prompts, ours, lambda p: prompt_arguments(pipe, p, 1.))
     noise, rows = torch.randn(12, *shape, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
-    settings = dict(steps=3, noise=noise, cond=rows, teacher=12, iterations=6, batch_size=4, eval_every=2, lr=.02, progress=False)
+    settings = dict(steps=3, noise=noise, cond=rows, teacher=12, iterations=6, batch_size=4, eval_every=2, lr=.02, race=0, progress=False)
     pipe.transformer.enable_gradient_checkpointing() if name == 'random-flux' else None
     kept, again = (ns.search(field, **settings, gradient_checkpointing=on) for on in (False, True))
     assert kept.solver.digest == again.solver.digest and min(kept.history['heldout_rmse']) < kept.history['heldout_rmse'][0]
@@ -343,15 +343,16 @@ def test_text_to_image_scores_coco(tmp_path, inception):
     assert set(scores.index) == {'FID', 'sFID', 'IS', 'PR', 'Recall'} and scores.measured['FID'] > 0
 
 def test_pipeline_search_makes_a_scheduler_that_loads(tmp_path, monkeypatch):
-    small = SMALL | dict(steps='3,5', iterations=4, samples=8, heldout=4, batch_size=4, teacher_steps=10, eval_every=2, gradient_checkpointing=1, reports_dir=str(tmp_path))
+    small = SMALL | dict(steps='3,5', options='iterations=4, batch_size=4, eval_every=2', samples=8, heldout=4, teacher_steps=10, gradient_checkpointing=1, reports_dir=str(tmp_path))
     pushed = []; monkeypatch.setattr(FlowNeuralSolverScheduler, 'push_to_hub', lambda self, repo, **kw: pushed.append((repo, self.solver_for(3).digest)))
     in_process('pipeline_search', **small, push_to_hub='me/solver')
     out = tmp_path / 'pipeline_search/sit-tiny'; loaded = FlowNeuralSolverScheduler.from_pretrained(out / 'scheduler')
     found = {n: ns.load_solver(out / f'sit-tiny-{n}.json') for n in (3, 5)}
     assert {n: loaded.solver_for(n).digest for n in found} == {n: s.digest for n, s in found.items()} and pushed == [('me/solver', found[3].digest)]
-    assert found[5].provenance['command'].startswith('papermill nbs/pipeline_search.ipynb -p pipeline sit-tiny')
+    assert found[5].provenance['command'].startswith("papermill nbs/pipeline_search.ipynb -p pipeline sit-tiny -p prompts 'Sneaker; Bag' -p steps 5 -p method ours -p options 'iterations=4, batch_size=4, eval_every=2'")
+    assert all((found[n].provenance['iterations'], found[n].provenance['method']) == (4, 'ours') for n in found)
     table = pd.read_csv(tmp_path / 'pipeline_search/pipeline_search_sit-tiny.csv', index_col=0); card = json.loads((tmp_path / 'pipeline_search/pipeline_search_sit-tiny.json').read_text())
-    assert card['network'] == 'TinyTransformer' and card['solvers'] == {str(n): s.digest for n, s in found.items()}
+    assert (card['network'], card['method'], card['options']) == ('TinyTransformer', 'ours', small['options']) and card['solvers'] == {str(n): s.digest for n, s in found.items()}
     assert (table.searched <= table.euler + 1e-9).all() and np.isnan(table['sit-xl-2'][3]) and table['sit-xl-2'][5] > 0
-    for change, message in ((dict(steps='5;6'), 'steps='), (dict(init='dit-xl-2', steps='5'), 'coordinates on'), (dict(gradient_checkpointing=2), 'gradient_checkpointing=')):
+    for change, message in ((dict(steps='5;6'), 'steps='), (dict(options='start=dit-xl-2, batch_size=4', steps='5'), 'coordinates on'), (dict(method='lion'), "method='lion'"), (dict(options=''), 'batch_size=32'), (dict(teacher_steps=4), 'teacher_steps=4'), (dict(gradient_checkpointing=2), 'gradient_checkpointing=')):
         with pytest.raises(ValueError, match=message): in_process('pipeline_search', **small | dict(reports_dir=str(tmp_path / 'bad')) | change)
