@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GRIDS_OF_TABLE_2', 'DEFAULT_SOLVERS', 'KID_PR_REAL', 'PRECISIONS', 'PROTOCOLS', 'COMPILE', 'SOURCES', 'EXAMPLES',
-           'REPORTED_MODELS', 'STAND_INS', 'REPORTED_SOLVERS', 'REPORTED_METRICS', 'TITLES', 'DIGITS', 'read_profiles',
-           'profile_defaults', 'Protocol', 'check_device', 'Prepared', 'prepare', 'tf32', 'end_points', 'code_digest',
-           'FashionExtractor', 'Sampler', 'hardware', 'compute_shards', 'say_what_differs', 'measure',
+           'REPORTED_MODELS', 'STAND_INS', 'REPORTED_SOLVERS', 'REPORTED_METRICS', 'TITLES', 'DIGITS', 'CURVE_SOLVERS',
+           'read_profiles', 'profile_defaults', 'Protocol', 'check_device', 'Prepared', 'prepare', 'tf32', 'end_points',
+           'code_digest', 'FashionExtractor', 'Sampler', 'hardware', 'compute_shards', 'say_what_differs', 'measure',
            'reference_source', 'reference_of', 'real_rows', 'evaluate', 'evaluate_shards', 'launch', 'summary',
            'reported_model', 'reported_protocol', 'reported', 'protocol_card', 'write_reports', 'markdown_table',
-           'main']
+           'curve_rows', 'evaluate_curve', 'write_curve', 'curve_markdown', 'main']
 
 # %% ../nbs/17_evaluate.ipynb #46b6a158
 import ast, contextlib, functools, hashlib, importlib.metadata, importlib.util, math, os, platform, subprocess, sys, tempfile, time
@@ -556,6 +556,93 @@ def markdown_table(table: pd.DataFrame, p: Protocol) -> str:
               f'{"Reported numbers" if len(told) > 1 else "FID reported"}, from the paper: {reported_protocol(p.model)}.', '']
     lines += p.notes()
     return '\n'.join(lines) + '\n'
+
+# %% ../nbs/17_evaluate.ipynb #e973adc4
+CURVE_SOLVERS = { # lines of a curve, by the path of the model; the tables searched on the model itself are added
+    'linear': ('adam2', 'adam4', 'flowdcn-b-2', 'sit-xl-2'),
+    'vp': (*(f'{rule}@{grid}' for rule in ('dpm-solver++3m', 'unipc-3') for grid in GRIDS_OF_TABLE_2), 'dit-xl-2'),
+}
+
+def curve_rows(
+    steps: str, # numbers of steps of every solver, separated by commas; '' = none
+    solvers: str, # names separated by commas, or 'default': CURVE_SOLVERS and the model's own tables
+    rows: str, # further rows NAME:STEPS, separated by commas; '' = none
+    model: str, # as in Protocol
+) -> dict[int, list[str]]: # names by number of steps
+    "The rows of a curve. A name of 'default' without a table for a step count is left out there."
+    out, kind, tables = {}, 'linear' if model_path(model) == LinearPath() else 'vp', list_solvers()
+    own = [model] if model in tables else []
+    for n in split_names('steps', str(steps)) if str(steps) else []:
+        if not n.isdigit() or int(n) < 1: raise ValueError(f'steps={steps!r} is not allowed: give integers >= 1, separated by commas.')
+        names = [s for s in (*CURVE_SOLVERS[kind], *own) if s not in tables or int(n) in tables[s]] if solvers == 'default' else split_names('solvers', solvers)
+        out[int(n)] = names
+    for row in split_names('rows', rows) if rows else []:
+        name, _, n = row.rpartition(':')
+        if not name or not n.isdigit() or int(n) < 1: raise ValueError(f'rows={rows!r} is not allowed: {row!r} is not NAME:STEPS, as adam2:15.')
+        if name not in out.setdefault(int(n), []): out[int(n)].append(name)
+    if not any(out.values()): raise ValueError(f'steps={steps!r} and rows={rows!r} leave nothing to measure: give one of them.')
+    return {n: names for n, names in sorted(out.items()) if names}
+
+# %% ../nbs/17_evaluate.ipynb #9e4ef42a
+def evaluate_curve(
+    protocols: list[Protocol], # that differ in steps and solvers alone
+    progress: bool = True, # tqdm progress bars
+    shards_dir: str | os.PathLike | None = None, # as in `evaluate`
+    processes: int = 1, # as in `evaluate`
+) -> pd.DataFrame: # rows by solver, then steps; teacher and real images once, last
+    "The tables of several step counts in one, with all the paper reports beside them."
+    if shards_dir is None:
+        with tempfile.TemporaryDirectory() as d: return evaluate_curve(protocols, progress, d, processes)
+    for p in protocols:
+        odd = [f.name for f in fields(p) if f.name not in ('steps', 'solvers') and getattr(p, f.name) != getattr(protocols[0], f.name)]
+        if odd: raise ValueError(f'protocols differ in {", ".join(odd)}: those of a curve may differ in steps and solvers only.')
+    parts = [evaluate(p, progress, shards_dir, processes)[0] for p in protocols]
+    floors = parts[-1][parts[-1].solver.isin(['teacher', 'real'])]; table = pd.concat([t[~t.solver.isin(['teacher', 'real'])] for t in parts])
+    order = list(dict.fromkeys(name for p in protocols for name in p.select()[0]))
+    table = pd.concat([table.sort_values('steps', kind='stable').sort_values('solver', key=lambda c: c.map(order.index), kind='stable'), floors], ignore_index=True)
+    for m in REPORTED_METRICS: table[f'reported_{m}'] = [reported(r.model, r.solver, int(r.steps) if pd.notna(r.steps) else 0, m) for r in table.itertuples()]
+    return table
+
+def write_curve(
+    protocols: list[Protocol], # as in `evaluate_curve`
+    table: pd.DataFrame, # from it
+    stem: str | os.PathLike, # path of the files without suffix
+    shards_dir: str | os.PathLike, # where the shards are
+) -> Path: # the stem
+    "Write STEM.{csv,json,md}, atomically."
+    stem, cards = Path(stem), [protocol_card(p, shards_dir) for p in protocols]
+    with atomic_path(f'{stem}.csv') as tmp: table.to_csv(tmp, index=False, float_format='%.6g')
+    write_json(f'{stem}.json', cards[0] | dict(solvers={f'{n}, {p.steps} steps': s for p, c in zip(protocols, cards) for n, s in c['solvers'].items()}, hardware=sorted({h for c in cards for h in c['hardware']}),
+               notes=[f'{p.steps} steps: {note}' for p, c in zip(protocols, cards) for note in c['notes']], steps=[p.steps for p in protocols]))
+    write_text(f'{stem}.md', curve_markdown(pd.read_csv(f'{stem}.csv'), protocols))
+    return stem
+
+# %% ../nbs/17_evaluate.ipynb #6a2826e7
+def curve_markdown(
+    table: pd.DataFrame, # of `evaluate_curve`, read back
+    protocols: list[Protocol], # as there
+) -> str:
+    "For every metric a table, solvers down, steps across; measured and reported apart."
+    p, rows, lines = protocols[0], table[table.steps.notna() & (table.solver != 'teacher')], []
+    solvers, steps, floors = list(dict.fromkeys(rows.solver)), sorted(int(n) for n in rows.steps.unique()), table[table.solver.isin(['teacher', 'real'])]
+    def block(title, cells, floor):
+        if not any(cells.values()): return
+        lines.extend(['', f'**{title}**', '', '| solver | ' + ' | '.join(map(str, steps)) + ' |', '|' + '---|' * (len(steps) + 1)])
+        lines.extend(f'| {s} | ' + ' | '.join(cells.get((s, n), '') for n in steps) + ' |' for s in solvers if any(cells.get((s, n)) for n in steps))
+        if floor: lines.extend(['', floor])
+    def text(r, m): return '' if pd.isna(r[m]) else f'{r[m]:.{DIGITS[m]}f}' + ('' if pd.isna(r[f'{m}_sd']) else f' ± {r[f"{m}_sd"]:.{DIGITS[m]}f}')
+    for m in ('rmse', *PROTOCOLS[p.protocol]):
+        block(f'{TITLES[m]}, measured', {(r.solver, int(r.steps)): text(r, m) for _, r in rows.iterrows()},
+              '; '.join(f'{"teacher" if r.solver == "teacher" else "real images"}: {text(r, m)}' for _, r in floors.iterrows() if text(r, m) and not (m == 'rmse')))
+    teacher = table[table.solver == 'teacher'].iloc[0]
+    for m, name in REPORTED_METRICS.items():
+        block(f'{name}, reported by the paper for {reported_model(p.model)}', {(r.solver, int(r.steps)): f'{r[f"reported_{m}"]:g}' for _, r in rows.iterrows() if pd.notna(r[f'reported_{m}'])},
+              '' if pd.isna(teacher[f'reported_{m}']) else f'its teacher, Euler-50: {teacher[f"reported_{m}"]:g}')
+    spread = f'{len(p.seed_list)} seeds, mean ± sd over seeds' if len(p.seed_list) > 1 else 'one seed, so no spread'
+    extra = sorted({f'{s} spends {int(r.nfe)} evaluations in {int(r.steps)} steps' for s in solvers for _, r in rows[rows.solver == s].iterrows() if r.nfe != r.steps})
+    lines += ['', f'Measured: {p.model}, guidance {p.guidance:g}, {p.samples} images per row, {spread}; teacher {teacher_solver(1, p.path).name}-{p.teacher_steps}. Columns: steps. ' + ('FD is a Frechet distance on the features of a Fashion-MNIST classifier, not FID. ' if p.protocol == 'fashion' else '') +
+              f'Reported: {reported_protocol(p.model)}.' + (' ' + '; '.join(extra) + '.' if extra else '')]
+    return '\n'.join(lines).strip() + '\n' 
 
 # %% ../nbs/17_evaluate.ipynb #202df795
 def main(args: list[str] | None = None):

@@ -1,0 +1,104 @@
+"claims.ipynb: its statistics against closed forms and other libraries, and a small run of all of it."
+import json, math, os, subprocess, sys
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, scipy.stats, torch
+import neuralsolver as ns
+from neuralsolver.solvers import adams_bashforth
+
+NBS = Path(__file__).resolve().parent.parent
+CELLS = [c for c in json.loads((NBS / 'claims.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+
+def checked(reports_dir, **parameters):
+    "The cells up to the checks of the parameters."
+    space = {'__name__': '__main__'}; exec(''.join(CELLS[0]['source']), space); space.update(dict(reports_dir=str(reports_dir)) | parameters)
+    exec(''.join(CELLS[1]['source']), space)
+    return space
+
+@pytest.fixture(scope='module')
+def claims(tmp_path_factory):
+    "The functions of the notebook, nothing measured."
+    space = checked(tmp_path_factory.mktemp('claims'), bootstrap=300)
+    for c in CELLS:
+        if 'functions' in c['metadata'].get('tags', []): exec(''.join(c['source']), space)
+    return space
+
+@pytest.mark.parametrize('bad', [dict(seeds='1,10000'), dict(seeds='a'), dict(steps='4'), dict(networks='nope'), dict(networks='fashion-mixture'), dict(exact_samples=7), dict(bootstrap=0), dict(guided_samples=99), dict(device='tpu')])
+def test_bad_parameters_are_refused(bad, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(bad)) if 'networks' not in bad else 'model'): checked(tmp_path, **bad)
+
+def test_every_verdict_can_be_reached(claims):
+    verdict, every = claims['verdict'], claims['every']
+    assert [verdict(*ci, (0, 1)) for ci in ((.2, .9), (1.1, 1.5), (.9, 1.1), (math.nan, 1.))] == ['confirmed', 'refuted', 'not at this scale', 'not measured']
+    assert [verdict(*ci, (-.05, .05)) for ci in ((-.04, .04), (-.2, -.1), (.06, .1), (-.06, 0.))] == ['confirmed', 'refuted', 'refuted', 'not at this scale'] # equivalence has two outsides
+    assert [verdict(*ci, (.5, 2), (-2, .3)) for ci in ((.6, .9), (0, .2), (.32, .45))] == ['confirmed', 'refuted', 'not at this scale'] # between the two ranges
+    assert every(['confirmed', 'not measured', 'confirmed']) == 'confirmed' and every(['confirmed', 'refuted', 'not at this scale']) == 'refuted'
+    assert every(['confirmed', 'not at this scale']) == 'not at this scale' and every(['not measured']) == every([]) == 'not measured'
+
+def test_statistics(claims):
+    rng = np.random.default_rng(1); base = rng.uniform(1, 2, 50)
+    assert np.allclose(claims['paired_ratio'](4 * base, [base, 9 * base]), 2, rtol=1e-12) # paired: no spread, and the better baseline
+    assert claims['share_interval'](0, 10) == pytest.approx((0, 1 - .025 ** .1)) and claims['share_interval'](10, 10) == pytest.approx((.025 ** .1, 1))
+    ci = scipy.stats.binomtest(3, 11).proportion_ci(method='exact'); assert claims['share_interval'](3, 11) == pytest.approx((ci.low, ci.high))
+    one = rng.normal(size=(30, 2)); assert claims['rank_correlation']([one]) == pytest.approx(scipy.stats.spearmanr(*one.T).statistic)
+    steps = [np.c_[a := rng.normal(size=8), -a] + 100 * k for k in range(3)] # against each other within the groups, together over all
+    assert claims['rank_correlation'](steps) == pytest.approx(-1) and scipy.stats.spearmanr(*np.concatenate(steps).T).statistic > .5
+    value, low, high, n = claims['rank_interval']([np.c_[x := rng.normal(size=40), x + rng.normal(size=40)]]); assert low < value < high and n == 40 and low > 0
+    x, y = np.arange(9.), 2 * np.arange(9.) + rng.normal(size=9) * .1; slope, low, high = claims['slope_interval'](x, y); fit = np.polyfit(x, y, 1, cov=True)
+    assert slope == pytest.approx(fit[0][0]) and (high - low) / 2 == pytest.approx(scipy.stats.t.ppf(.975, 7) * fit[1][0, 0] ** .5)
+    assert claims['fraction_left'](3., [5., 7.], 1., [0, 0, 0, 0])[0] == .5
+
+def coefficients(claims, mixture, count=64, N=8):
+    "Best coefficient of the evaluation before, for every trajectory and step, on true trajectories."
+    noise = torch.randn(count, *mixture.sample_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    teacher = ns.teachers.teacher_trajectories(mixture, noise, solver=adams_bashforth(2000, 4), progress=False); nodes = torch.linspace(0, 1, N + 1, dtype=torch.float64)
+    x, v = claims['exact_history'](mixture, teacher, nodes)
+    return torch.stack([claims['best_coefficients'](*claims['step_statistics'](x, v, nodes, i, 2)[1:])[:, 0] for i in range(1, N)])
+
+def test_nothing_depends_on_x_in_a_linear_field(claims):
+    "One Gaussian at 0: x(t) = x(0) s(t), s^2 = (t std)^2 + (1 - t)^2, so C has a closed form without x; two Gaussians: it depends on x."
+    std, N = .3, 8; C = coefficients(claims, ns.GaussianMixture(torch.zeros(1, 3, dtype=torch.float64), std)); t = np.arange(N + 1) / N
+    s = np.sqrt((t * std) ** 2 + (1 - t) ** 2); slope = (t * std ** 2 - (1 - t)) / s; i = np.arange(1, N)
+    closed = ((s[i + 1] - s[i]) * N - slope[i]) / (slope[i - 1] - slope[i])
+    assert np.allclose(C.mean(1), closed, rtol=1e-4) and (C.std(1) < 1e-6 * C.abs().mean(1)).all()
+    other = coefficients(claims, ns.GaussianMixture(torch.tensor([[1., 0, 0], [-1, 0, 1]], dtype=torch.float64), std)); assert (other.std(1) > .05 * other.abs().mean(1)).any()
+
+def test_least_squares_is_the_best_constant_and_the_mean_is_not(claims):
+    "Squared errors by Gram matrices equal those of vectors; the mean of the coefficients is the best constant only for equal lengths (orthonormal v)."
+    g = torch.Generator().manual_seed(3); x, v = (torch.randn(4, 20, 50, generator=g, dtype=torch.float64) for _ in range(2)); nodes = torch.tensor([0., .2, .5, 1.], dtype=torch.float64); s = claims['step_statistics'](x, v, nodes, 2, 3)
+    c = torch.tensor([.3, -.7], dtype=torch.float64); direct = ((x[3] - x[2]) / .5 - v[2] - c[0] * (v[1] - v[2]) - c[1] * (v[0] - v[2])).square().mean(1)
+    assert torch.allclose(claims['squared_error'](*s, c.expand(20, 2)), direct)
+    loss = lambda c: claims['squared_error'](*s, c.expand(20, 2)).mean().item(); least, mean = claims['best_coefficients'](s[1].sum(0), s[2].sum(0)), claims['best_coefficients'](s[1], s[2]).mean(0)
+    assert loss(least) < loss(mean) and all(loss(least + d) > loss(least) for d in 1e-3 * torch.eye(2, dtype=torch.float64))
+    each = claims['best_coefficients'](s[1], s[2]); vector = np.linalg.lstsq(np.stack([(v[1] - v[2])[0], (v[0] - v[2])[0]], 1), ((x[3] - x[2]) / .5 - v[2])[0].numpy(), rcond=None)[0]
+    assert np.allclose(each[0], vector)
+
+def test_the_bound_is_tight_without_feedback_and_broken_with_it(claims):
+    "v = 0: errors add up to what the weights say. v = a x, two Euler steps, a constant error: 1 + a / 4 times the bound, by hand."
+    noise, solver = torch.zeros(5, 7, dtype=torch.float64), ns.adam2(6); nothing = lambda x, t: 0 * x
+    for kind in claims['KINDS']: still, moved = claims['bound_ratios'](nothing, noise, None, solver, kind, .1); assert np.allclose(still, moved) and (still <= 1).all()
+    euler = claims['bound_ratios'](nothing, noise, None, ns.euler(4), 'smooth', .1); assert np.allclose(euler, 1)
+    still, moved = claims['bound_ratios'](lambda x, t: 2 * x, noise, None, ns.euler(2), 'smooth', .1); assert np.allclose(still, 1) and np.allclose(moved, 1.5)
+
+def test_local_errors(claims):
+    "v = t: a Euler step of length h misses h^2 / 2, an Adams step after the first nothing."
+    field = lambda x, t: torch.ones_like(x) * t; teacher = ns.teachers.teacher_trajectories(field, torch.zeros(3, 4, dtype=torch.float64), solver=adams_bashforth(200, 4), progress=False)
+    assert np.allclose(claims['local_errors'](field, teacher, ns.euler(5)), 5 * .2 ** 2 / 2, rtol=1e-2) and np.allclose(claims['local_errors'](field, teacher, ns.adam2(5)), .2 ** 2 / 2, rtol=1e-2)
+
+def test_small_run(tmp_path):
+    "By papermill; what is in the files agrees with other ways to get it."
+    small = dict(exact_samples=8, network_samples=4, guided_samples=2, steps='5,8', networks='sit-tiny', guidance_scales='1,2', teacher_steps=20, search_iterations=2, bootstrap=50, reports_dir=tmp_path)
+    options = [w for k, v in small.items() for w in ('-p', k, str(v))]
+    run = subprocess.run([sys.executable, '-m', 'papermill', str(NBS / 'claims.ipynb'), str(tmp_path / 'out.ipynb'), '--log-level', 'ERROR', *options], capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert run.returncode == 0, run.stderr[-2000:]
+    table = pd.read_csv(tmp_path / 'claims.csv'); assert table.id.is_unique and len(table) > 40 and table.rule.str.startswith('confirmed if').all() and table.meaning.notna().all()
+    assert set(table.verdict) <= {'confirmed', 'refuted', 'not at this scale', 'not measured'} and (table.low[table.n > 0] <= table.value[table.n > 0] + 1e-9).all()
+    single = table[(table.n == 1) & table.id.str.match(r'^(?:2[ab]|8[a-f]|10)')]; assert ((single.n_confirmed == 1) == (single.verdict == 'confirmed')).all()
+    text = (tmp_path / 'claims.md').read_text(); assert all(f'| {i} |' in text for i in table.id) and len({l.count('|') for l in text.splitlines() if l.startswith('|')}) == 1 # no cell holds a bar
+    bound = pd.read_csv(tmp_path / 'claims_bound.csv').set_index(['solver', 'steps']).bound # Euler: 1; Adams 2 after one Euler step: (1 + 2 (N - 1)) / N
+    for n in (5, 8): assert np.allclose(bound['euler', n], 1) and np.allclose(bound['adam2', n], 2 - 1 / n)
+    pairs = pd.read_csv(tmp_path / 'claims_reported_pairs.csv'); worse = pairs[(pairs.id == '8c') & (pairs.a > pairs.b)]; assert worse.steps.tolist() == [6] # paper.md 2.5: at NFE 6 searched is worse
+    fig4 = pairs[pairs.id == '8a']; assert len(fig4) == 18 and (fig4.a < fig4.b).all()
+    nodes = pd.read_csv(tmp_path / 'claims_nodes.csv'); mine = nodes[(nodes.solver == 'sit-xl-2') & (nodes.steps == 10)].time; assert np.allclose(mine, [.0279, .0758, .1404, .2063, .3108, .4174, .5529, .7151, .9093], atol=2e-4) # paper.md 3
+    paired = pd.read_csv(tmp_path / 'claims_paired.csv'); own = paired[paired.id == '4a']; assert np.allclose(own.ratio, own.rmse / own[['rmse_baseline_adam2', 'rmse_baseline_adam4']].min(axis=1), rtol=1e-4) and set(own.used_on) == {'fashion-mixture', 'sit-tiny'}
+    assert set(json.loads((tmp_path / 'claims.json').read_text())['parameters']) >= set(small) - {'reports_dir'}
+    for figure in ('x_dependence', 'bound', 'transfer', 'noise', 'nodes'): assert (tmp_path / f'claims_{figure}.png').stat().st_size > 5000 and (tmp_path / f'claims_{figure}.svg').exists()
