@@ -410,7 +410,7 @@ def stage_site(
     for page in stage.pages: # grows on the way
         source, resolve, target = (root / page).read_text(encoding='utf-8'), lambda t, raw, page=page: stage.resolve(t, page, raw), out / stage.where(page)
         if page.endswith('.ipynb'): home[page] = notebook_page(json.loads(source), resolve); text = json.dumps(home[page])
-        else: text = ('' if source.lstrip().startswith('#') else f'# {Path(page).stem}\n\n') + rewrite_links(source, resolve)
+        else: text = ('' if source.lstrip().startswith('#') else f'# {Path(page).stem}\n\n') + rewrite_links(re.sub(r'(?m)^<a id="([\w-]+)"></a>[ \t]*\n', r'(\1)=\n', source), resolve) # anchors as this Markdown writes them
         target.parent.mkdir(parents=True, exist_ok=True); write_text(target, text)
     more = [p.removesuffix('.md') for p in stage.pages if p.endswith('.md')]
     groups = {t: [f'nbs/{s}' for s in stems] for t, stems in navigation([b.removesuffix('.ipynb') for b in books]).items()} | {'Reference': ['api/index', *more]}

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['GRIDS_OF_TABLE_2', 'DEFAULT_SOLVERS', 'KID_PR_REAL', 'PRECISIONS', 'PROTOCOLS', 'COMPILE', 'SOURCES', 'EXAMPLES',
            'REPORTED_MODELS', 'STAND_INS', 'REPORTED_SOLVERS', 'REPORTED_METRICS', 'TITLES', 'DIGITS', 'CURVE_SOLVERS',
-           'read_profiles', 'profile_defaults', 'Protocol', 'check_device', 'Prepared', 'prepare', 'tf32', 'end_points',
-           'code_digest', 'FashionExtractor', 'Sampler', 'hardware', 'compute_shards', 'say_what_differs', 'measure',
-           'reference_source', 'reference_of', 'real_rows', 'evaluate', 'evaluate_shards', 'launch', 'summary',
-           'reported_model', 'reported_protocol', 'reported', 'protocol_card', 'write_reports', 'markdown_table',
-           'curve_rows', 'evaluate_curve', 'write_curve', 'curve_markdown', 'main']
+           'REPORTED_TEACHER', 'read_profiles', 'profile_defaults', 'Protocol', 'check_device', 'Prepared', 'prepare',
+           'tf32', 'end_points', 'code_digest', 'FashionExtractor', 'Sampler', 'hardware', 'compute_shards',
+           'say_what_differs', 'measure', 'reference_source', 'reference_of', 'real_rows', 'evaluate',
+           'evaluate_shards', 'launch', 'summary', 'reported_model', 'reported_protocol', 'reported', 'protocol_card',
+           'write_reports', 'markdown_table', 'curve_rows', 'evaluate_curve', 'write_curve', 'curve_markdown', 'main']
 
 # %% ../nbs/17_evaluate.ipynb #46b6a158
 import ast, contextlib, functools, hashlib, importlib.metadata, importlib.util, math, os, platform, subprocess, sys, tempfile, time
@@ -563,6 +563,8 @@ CURVE_SOLVERS = { # lines of a curve, by the path of the model; the tables searc
     'vp': (*(f'{rule}@{grid}' for rule in ('dpm-solver++3m', 'unipc-3') for grid in GRIDS_OF_TABLE_2), 'dit-xl-2'),
 }
 
+REPORTED_TEACHER = 50 # Euler steps of the paper's last column; ours may have others
+
 def curve_rows(
     steps: str, # numbers of steps of every solver, separated by commas; '' = none
     solvers: str, # names separated by commas, or 'default': CURVE_SOLVERS and the model's own tables
@@ -589,10 +591,12 @@ def evaluate_curve(
     progress: bool = True, # tqdm progress bars
     shards_dir: str | os.PathLike | None = None, # as in `evaluate`
     processes: int = 1, # as in `evaluate`
+    told: tuple[str, ...] | None = None, # metrics whose reported numbers stand beside; None = all of REPORTED_METRICS
 ) -> pd.DataFrame: # rows by solver, then steps; teacher and real images once, last
     "The tables of several step counts in one, with all the paper reports beside them."
     if shards_dir is None:
-        with tempfile.TemporaryDirectory() as d: return evaluate_curve(protocols, progress, d, processes)
+        with tempfile.TemporaryDirectory() as d: return evaluate_curve(protocols, progress, d, processes, told)
+    for m in told or (): check_choice('reported', m, REPORTED_METRICS)
     for p in protocols:
         odd = [f.name for f in fields(p) if f.name not in ('steps', 'solvers') and getattr(p, f.name) != getattr(protocols[0], f.name)]
         if odd: raise ValueError(f'protocols differ in {", ".join(odd)}: those of a curve may differ in steps and solvers only.')
@@ -600,7 +604,7 @@ def evaluate_curve(
     floors = parts[-1][parts[-1].solver.isin(['teacher', 'real'])]; table = pd.concat([t[~t.solver.isin(['teacher', 'real'])] for t in parts])
     order = list(dict.fromkeys(name for p in protocols for name in p.select()[0]))
     table = pd.concat([table.sort_values('steps', kind='stable').sort_values('solver', key=lambda c: c.map(order.index), kind='stable'), floors], ignore_index=True)
-    for m in REPORTED_METRICS: table[f'reported_{m}'] = [reported(r.model, r.solver, int(r.steps) if pd.notna(r.steps) else 0, m) for r in table.itertuples()]
+    for m in REPORTED_METRICS: table[f'reported_{m}'] = [None if told and m not in told else reported(r.model, r.solver, REPORTED_TEACHER if r.solver == 'teacher' else int(r.steps) if pd.notna(r.steps) else 0, m) for r in table.itertuples()]
     return table
 
 def write_curve(
@@ -637,7 +641,7 @@ def curve_markdown(
     teacher = table[table.solver == 'teacher'].iloc[0]
     for m, name in REPORTED_METRICS.items():
         block(f'{name}, reported by the paper for {reported_model(p.model)}', {(r.solver, int(r.steps)): f'{r[f"reported_{m}"]:g}' for _, r in rows.iterrows() if pd.notna(r[f'reported_{m}'])},
-              '' if pd.isna(teacher[f'reported_{m}']) else f'its teacher, Euler-50: {teacher[f"reported_{m}"]:g}')
+              '' if pd.isna(teacher[f'reported_{m}']) else f'its teacher, Euler-{REPORTED_TEACHER}: {teacher[f"reported_{m}"]:g}')
     spread = f'{len(p.seed_list)} seeds, mean ± sd over seeds' if len(p.seed_list) > 1 else 'one seed, so no spread'
     extra = sorted({f'{s} spends {int(r.nfe)} evaluations in {int(r.steps)} steps' for s in solvers for _, r in rows[rows.solver == s].iterrows() if r.nfe != r.steps})
     lines += ['', f'Measured: {p.model}, guidance {p.guidance:g}, {p.samples} images per row, {spread}; teacher {teacher_solver(1, p.path).name}-{p.teacher_steps}. Columns: steps. ' + ('FD is a Frechet distance on the features of a Fashion-MNIST classifier, not FID. ' if p.protocol == 'fashion' else '') +

@@ -210,7 +210,7 @@ def test_the_browser_test_can_fail(site, browser, tmp_path):
     for kind in ('console: oh', 'failed: file:', 'outside: https://example.org/x.js'): assert any(w.startswith(kind) for w in seen['wrong']), (kind, seen['wrong'])
 
 def test_search_and_fold_work_in_a_browser(site, browser):
-    page = browser.new_page(); page.goto((site / 'search.html').as_uri() + '?q=teacher'); page.wait_for_selector('#search-results li a', timeout=20000)
+    page = browser.new_page(); page.goto((site / 'search.html').as_uri() + '?q=teacher'); page.wait_for_selector('#search-results li a', timeout=60000)
     assert any('teachers' in a.get_attribute('href') for a in page.query_selector_all('#search-results li a'))
     folded = next((s for s, nb in NOTEBOOKS.items() for c in nb['cells'] if 'solution' in c['metadata'].get('tags', []) and c['cell_type'] == 'code'), None)
     if folded:

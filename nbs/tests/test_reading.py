@@ -219,11 +219,11 @@ def test_both_in_jupyterlab(tmp_path, capsys):
 
             seconds['play, Run All'] = run_all(page, address.format('play'), 200)
             assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
-            page.locator('img.play-picture').wait_for(timeout=20_000); page.locator('img.play-picture').scroll_into_view_if_needed()
+            page.locator('img.play-picture').wait_for(timeout=60_000); page.locator('img.play-picture').scroll_into_view_if_needed()
             first = picture(page); shot(page, 'play_0'); handles = page.locator('.play-grid .noUi-handle'); assert handles.count() == 4 + 6
             assert page.locator('.play-grid').get_by_text('0.000 to 0.250').count() == 1
             handles.nth(0).focus(); moved, seconds['slider'] = changed(page, first, lambda: page.keyboard.press('ArrowRight')) # the first time delta
-            page.locator('.play-grid').get_by_text('0.000 to 0.257').wait_for(timeout=5000) # 0.26 : 0.25 : 0.25 : 0.25
+            page.locator('.play-grid').get_by_text('0.000 to 0.257').wait_for(timeout=30_000) # 0.26 : 0.25 : 0.25 : 0.25
             moved, seconds['gradient step'] = changed(page, moved, lambda: page.get_by_role('button', name='gradient step').click()); shot(page, 'play_1')
             moved, seconds['search from here'] = changed(page, moved, lambda: page.get_by_role('button', name='search from here').click()); shot(page, 'play_2')
             back, _ = changed(page, moved, lambda: page.get_by_role('button', name='reset').click()); assert back == first
