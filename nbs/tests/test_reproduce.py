@@ -122,7 +122,7 @@ def test_links_of_the_committed_page_lead_somewhere():
 def prose_and_outputs():
     nb = json.loads((ROOT / 'nbs/index.ipynb').read_text())
     prose = '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown')
-    return re.sub(r'(?s)```.*?```|`[^`]*`|\]\([^)]*\)|(?m:^    .*$)', ' ', prose), nb
+    return re.sub(r'(?s)```.*?```|`[^`]*`|\]\([^)]*\)|(?m:^    .*$)|theorem \d\.\d', ' ', prose), nb
 
 def test_tables_of_the_readme_are_those_of_the_files():
     "The cells of index.ipynb, run now on the files in reports/, give the outputs that are committed."
