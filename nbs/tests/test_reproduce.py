@@ -70,7 +70,7 @@ def test_a_curve_is_the_tables_of_its_steps(tmp_path):
     assert list(zip(table.solver, table.steps.fillna(0))) == [('heun', 2), ('euler', 3), ('euler', 5), ('adam2', 3), ('adam2', 5), ('teacher', 12), ('real', 0)]
     for p in protocols:
         alone = evaluate(p, False)[0].set_index('solver')
-        for r in table[table.steps == p.steps].itertuples(): assert r.rmse == pytest.approx(alone.rmse[r.solver], abs=1e-6) and r.fd == pytest.approx(alone.fd[r.solver], rel=1e-4)
+        for r in table[table.steps == p.steps].itertuples(): assert r.rmse == pytest.approx(alone.rmse[r.solver], abs=1e-5) and r.fd == pytest.approx(alone.fd[r.solver], rel=1e-3)
     text = (tmp_path / 'c.md').read_text(); assert '| heun | ' in text and 'heun spends 4 evaluations in 2 steps' in text and '± ' in text
 
 def test_protocols_of_a_curve_agree():
