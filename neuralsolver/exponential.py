@@ -9,15 +9,16 @@ __all__ = ['POINTS', 'MASS', 'VARIABLES', 'GRIDS', 'exponential_weights', 'polyn
 
 # %% ../nbs/05_exponential.ipynb #9c1a112a
 import warnings
-from functools import lru_cache
+import json
+from functools import cache, lru_cache
 from typing import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from .paths import LinearPath, Path, VPPath
+from .paths import DDPMPath, LinearPath, Path, VPPath
 from .solvers import Builder, COORDINATES, lagrange_weights, multistep, Solver
 from .spacings import SPACINGS, time_grid
-from .utils import check_choice, check_int
+from .utils import check_choice, check_int, data_file
 
 # %% ../nbs/05_exponential.ipynb #a34d5db5
 class _Kappa:
@@ -105,6 +106,11 @@ def _optimized(steps: int, first: float, last: float, inner: tuple, order: int, 
     warnings.warn(f'{method} found no better time steps than its start for {steps} steps: the start is returned.')
     return inner
 
+@cache
+def _tabulated(init: str, steps: int) -> list[float] | None:
+    "Nodes on the paper's DDPM path as they were found once: the minimiser stops at other digits on other processors."
+    return json.loads(data_file('optimized_nodes.json').read_text())['nodes'].get(init, {}).get(str(steps))
+
 def optimized_nodes(
     steps: int, # number of steps N
     path: Path = VPPath(), # where the times live
@@ -119,6 +125,9 @@ def optimized_nodes(
     start = time_grid(steps, path, init, t_start, t_end)
     first, *inner, last = path.log_snr(start).tolist()
     if not np.isfinite([first, last]).all(): raise ValueError(f'optimised time steps need a finite signal-to-noise ratio at both ends of {path}: give t_start and t_end inside it.')
+    known = _tabulated(init, steps) if (path, order, method) == (DDPMPath(), 3, 'SLSQP') else None
+    if known and abs(start[0] - known[0]) < 1e-12 and abs(start[-1] - known[-1]) < 1e-12:
+        return torch.tensor(known, dtype=torch.float64)
     if inner: start[1:-1] = path.time_of_log_snr(torch.tensor(_optimized(steps, first, last, tuple(inner), order, method), dtype=torch.float64))
     return start
 

@@ -312,12 +312,6 @@ def test_at_an_end_without_noise_a_moved_solver_stays_finite():
     torch.testing.assert_close(moved.weights, solver.weights * kappa[1:, None], rtol=1e-9, atol=0)
     torch.testing.assert_close(moved.gains, solver.gains * kappa[1:] / kappa[:-1], rtol=1e-9, atol=0)
 
-def test_digests_without_gains_are_those_of_the_four_old_entries():
-    short = lambda *content: hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]; solver = load_solver('sit-xl-2', 8)
-    old = solver.coordinates, repr(solver.path), solver.nodes.tolist(), solver.weights.tolist()
-    assert solver.digest == short(*old) and 'gains' not in solver.to_dict()
-    free = replace(solver, gains=torch.full((8,), 1.5)); assert free.digest == short(*old, [1.5] * 8) and free.to_dict()['gains'] == [1.5] * 8
-
 # Errors
 
 @pytest.mark.parametrize('call, message', [
