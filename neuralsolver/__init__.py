@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 import importlib
 
 _EXPORTS = {
-    'paths': ['Path', 'LinearPath', 'ShiftedPath', 'VPPath', 'DDPMPath'],
+    'paths': ['NoisePath', 'LinearPath', 'ShiftedPath', 'VPPath', 'DDPMPath'],
     'fields': ['Field', 'GaussianMixture', 'guide'],
     'solvers': ['Solver', 'sample', 'change_path', 'uniform_grid', 'euler', 'midpoint', 'heun', 'rk4', 'adams_bashforth', 'adam2', 'adam4'],
     'spacings': ['time_grid'],

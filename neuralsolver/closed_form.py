@@ -11,6 +11,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 from .exponential import dpm_solver_pp, ipndm, ipndm_v, unipc
+from .fields import field_on
 from .solvers import COORDINATES, Solver
 from .teachers import Teacher
 from .utils import check_choice, check_float, check_int
@@ -62,7 +63,7 @@ def fit_rows(
     nodes, members, ridge = _nodes(teacher, nodes), _members(teacher, index), check_float('ridge', ridge, 0); N = len(nodes) - 1
     order, cut = N if order is None else check_int('order', order, 1), torch.arange(len(members)).split(check_int('batch_size', batch_size))
     frame = replace(teacher.solver, nodes=nodes, weights=torch.diag(COORDINATES[teacher.solver.coordinates].span(teacher.path, nodes[:-1], nodes[1:])), steps=N, gains=None) # Euler
-    if hasattr(field, 'on'): field = field.on(teacher.path, frame.coordinates)
+    field = field_on(field, teacher.path, frame.coordinates)
     noise, cond = (None if v is None else v[members.to(v.device)] for v in (teacher.noise, teacher.cond))
     x = noise if noise.dtype == torch.float64 else noise.float()
     gain, span, times, weights, history, rms = frame.gain.clone(), frame.span, nodes.to(x), torch.zeros(N, N, dtype=torch.float64), [], []

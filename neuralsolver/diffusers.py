@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from .fields import Field
 from .neural import CLASSICAL, EXPONENTIAL, get_solver, list_solvers, load_solver
-from .paths import DDPMPath, LinearPath, Path, ShiftedPath, VPPath
+from .paths import DDPMPath, LinearPath, NoisePath, ShiftedPath, VPPath
 from .solvers import change_path, COORDINATES, Solver
 from .utils import check_choice, check_float, check_int, import_torchvision
 import_torchvision() # before diffusers does
@@ -28,7 +28,7 @@ except ImportError as e: raise ImportError('neuralsolver.diffusers needs the dif
 PREDICTION_TYPES = ('epsilon', 'sample', 'v_prediction', 'flow_prediction') # diffusers' names
 
 def convert_output(
-    path: Path, # where the times live
+    path: NoisePath, # where the times live
     x: torch.Tensor, # state [B, ...]
     t: torch.Tensor, # time of the path, 0-d
     output: torch.Tensor, # of the network, shaped like x
@@ -38,11 +38,11 @@ def convert_output(
     "A network's output in diffusers' convention as a prediction in ours."
     check_choice('prediction_type', prediction_type, PREDICTION_TYPES)
     if prediction_type == 'v_prediction': return path.convert(x, t, path.alpha(t) * x - path.sigma(t) * output, 'data', target) # arXiv 2202.00512
-    if prediction_type == 'flow_prediction': output, target = -output, 'flow' if path == LinearPath() and target == 'velocity' else target
+    if prediction_type == 'flow_prediction': output, target = -output, 'flow' if path.coordinates == 'velocity' and target == 'velocity' else target
     return path.convert(x, t, output, {'epsilon': 'noise', 'sample': 'data', 'flow_prediction': 'flow'}[prediction_type], target)
 
 def output_factors(
-    path: Path, # where the times live
+    path: NoisePath, # where the times live
     t: float, # time of the path
     prediction_type: str, # one of PREDICTION_TYPES
     target: str, # one of neuralsolver.paths.PREDICTIONS
@@ -54,13 +54,13 @@ def output_factors(
 # %% ../nbs/20_diffusers.ipynb #b9291673
 def _entry(
     solver, # one item of a scheduler's `solver` argument
-    path: Path, # the path the scheduler integrates on
+    path: NoisePath, # the path the scheduler integrates on
     accepts: tuple, # types of the paths whose solvers it can take
     advice: str, # where other solvers belong
 ) -> str | dict: # what stands in the config
     "A solver as it is kept in a scheduler's config; ValueError if it cannot run there."
     if isinstance(solver, str) and not solver.endswith('.json'):
-        tables = list_solvers(); classical = CLASSICAL if path == LinearPath() else EXPONENTIAL
+        tables = list_solvers(); classical = CLASSICAL if path.coordinates == 'velocity' else EXPONENTIAL
         if solver in tables: solver = (solver, load_solver(solver, tables[solver][0]))
         elif solver.partition('@')[0] in classical: get_solver(solver, 2, path); return solver # a bad grid is refused here
         else: check_choice('solver', solver, [*tables, *classical])
@@ -74,7 +74,7 @@ def _entry(
     return kept
 
 # %% ../nbs/20_diffusers.ipynb #bbf74ba3
-def _move(solver: Solver, nodes: torch.Tensor, path: Path) -> Solver:
+def _move(solver: Solver, nodes: torch.Tensor, path: NoisePath) -> Solver:
     "The same coefficients per unit of span, W / span, on other nodes."
     if not solver.consistent: raise ValueError(f'{solver.name!r} cannot be shifted to other nodes: its gains and row sums are free and belong to its own nodes. Run it as it is, or search a solver for these nodes.')
     if not (solver.span != 0).all(): raise ValueError(f'{solver.name!r} cannot be shifted to other nodes: it has stages without a step of their own, one evaluation a step is needed.')
@@ -203,7 +203,7 @@ def _asked(self: NeuralSolverScheduler, n, sigmas, timesteps) -> int:
         try: given = torch.as_tensor(sigmas, dtype=torch.float64, device='cpu').reshape(-1)
         except (TypeError, ValueError) as e: raise ValueError(f'sigmas={sigmas!r} is not allowed: give num_inference_steps.') from e
         stock = torch.linspace(1, 0, len(given) + 1, dtype=torch.float64)[:-1]
-        if self.path != LinearPath() or given.shape != stock.shape or (given - stock).abs().max() > 1e-6:
+        if self.path.coordinates != 'velocity' or given.shape != stock.shape or (given - stock).abs().max() > 1e-6:
             raise ValueError(f'sigmas={given.tolist()} are refused: the noise levels are part of the searched table. Give num_inference_steps, or use a scheduler of diffusers for a schedule of your own.')
         if n not in (None, len(sigmas)): raise ValueError(f'{len(sigmas)} sigmas do not fit num_inference_steps={n}.')
         n = len(sigmas)
@@ -344,7 +344,7 @@ def _apart(self: NeuralSolverScheduler, prediction: torch.Tensor, x: torch.Tenso
 # %% ../nbs/20_diffusers.ipynb #4eb440e8
 def keep_times(
     solver: Solver, # on a path of DDPM models, every step of positive length
-    path: Path, # another one
+    path: NoisePath, # another one
 ) -> Solver: # the same times and coefficients there
     "A solver's times and its coefficients per unit of span on another path."
     return solver if solver.path == path else _move(solver, path.clamp(solver.nodes), path)
@@ -487,7 +487,7 @@ def __call__(
     out = self.model(inputs, timestep=told, **_nested({**self.shared, **picked}), return_dict=False)[0]
     out = out[:, :x.shape[1]].to(x.dtype) # without learned variances; no change for packed tokens
     if self.guidance_scale != 1: out = torch.lerp(*out.chunk(2), self.guidance_scale)
-    target = self.target or ('velocity' if self.path == LinearPath() else 'data')
+    target = self.target or ('velocity' if self.path.coordinates == 'velocity' else 'data')
     return convert_output(self.path, x, t, out, self.scheduler.config.prediction_type, target)
 
 # %% ../nbs/20_diffusers.ipynb #7957a452

@@ -27,7 +27,7 @@ from .inception import adm_reference_file, check_reference, export_npz, image_me
 from .metrics import blocks, compute_metrics, extract, extractor_name, Features, frechet_distance, load_reference, metrics_protocol, moments, real_test
 from .models import Autoencoder, CHECKPOINTS, load_card, load_model, model_architecture, model_file, model_path, vae_folder, VAE_FILES
 from .neural import CLASSICAL, EXPONENTIAL, get_solver, list_solvers
-from .paths import LinearPath, Path as NoisePath
+from .paths import LinearPath, NoisePath
 from .shards import batch_ranges, DamagedShard, differences, read_shard, remove_unfinished, shard_ranges, Shards, workers
 from .teachers import teacher_solver
 from .solvers import Solver, sample
@@ -146,7 +146,7 @@ def path(self:Protocol) -> NoisePath:
 @patch(as_prop=True)
 def family(self:Protocol) -> str:
     "'linear' or 'vp'."
-    return 'linear' if self.path == LinearPath() else 'vp'
+    return 'linear' if self.path.coordinates == 'velocity' else 'vp'
 
 @patch(as_prop=True)
 def sample_shape(self:Protocol) -> tuple[int, int, int]:
@@ -572,7 +572,7 @@ def curve_rows(
     model: str, # as in Protocol
 ) -> dict[int, list[str]]: # names by number of steps
     "The rows of a curve. A name of 'default' without a table for a step count is left out there."
-    out, kind, tables = {}, 'linear' if model_path(model) == LinearPath() else 'vp', list_solvers()
+    out, kind, tables = {}, 'linear' if model_path(model).coordinates == 'velocity' else 'vp', list_solvers()
     own = [model] if model in tables else []
     for n in split_names('steps', str(steps)) if str(steps) else []:
         if not n.isdigit() or int(n) < 1: raise ValueError(f'steps={steps!r} is not allowed: give integers >= 1, separated by commas.')

@@ -15,7 +15,7 @@ from typing import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from .paths import DDPMPath, LinearPath, Path, VPPath
+from .paths import DDPMPath, LinearPath, NoisePath, VPPath
 from .solvers import Builder, COORDINATES, lagrange_weights, multistep, Solver
 from .spacings import SPACINGS, time_grid
 from .utils import check_choice, check_int, data_file
@@ -23,7 +23,7 @@ from .utils import check_choice, check_int, data_file
 # %% ../nbs/05_exponential.ipynb #a34d5db5
 class _Kappa:
     "kappa = log s of the data or noise coordinates on a path, and the integrals of one step."
-    def __init__(self, coordinates: str, path: Path):
+    def __init__(self, coordinates: str, path: NoisePath):
         self.path, self.form, self.sign = path, COORDINATES[check_choice('coordinates', coordinates, ('data', 'noise'))], 1 if coordinates == 'data' else -1
     def __call__(self, t) -> np.ndarray: return self.sign * self.path.log_snr(torch.as_tensor(t, dtype=torch.float64)).numpy()
     def time(self, kappa: np.ndarray) -> np.ndarray: return self.path.time_of_log_snr(torch.as_tensor(self.sign * kappa, dtype=torch.float64)).numpy()
@@ -60,7 +60,7 @@ VARIABLES = { # polynomial in: (kappa, times) -> z
 
 def polynomial_rule(
     coordinates: str, # 'data' or 'noise'
-    path: Path, # where the times live
+    path: NoisePath, # where the times live
     variable: str, # a key of VARIABLES
 ) -> Callable: # rule(times [q], a, b) -> weights [q] for `multistep`
     "Exact integrals of the interpolating polynomial in a variable."
@@ -113,7 +113,7 @@ def _tabulated(init: str, steps: int) -> list[float] | None:
 
 def optimized_nodes(
     steps: int, # number of steps N
-    path: Path = VPPath(), # where the times live
+    path: NoisePath = VPPath(), # where the times live
     init: str = 'time', # where the minimisation starts, a name from SPACINGS
     t_start: float | None = None, # first time, kept; None = the path's noise
     t_end: float | None = None, # last time, kept; None = the path's t_end
@@ -131,7 +131,7 @@ def optimized_nodes(
     if inner: start[1:-1] = path.time_of_log_snr(torch.tensor(_optimized(steps, first, last, tuple(inner), order, method), dtype=torch.float64))
     return start
 
-def _grid(steps: int, path: Path, spacing: str | Tensor, t_start: float | None, t_end: float | None) -> Tensor:
+def _grid(steps: int, path: NoisePath, spacing: str | Tensor, t_start: float | None, t_end: float | None) -> Tensor:
     "`time_grid`, with the optimised spacings besides."
     if isinstance(spacing, str): check_choice('spacing', spacing, GRIDS)
     if not (isinstance(spacing, str) and spacing.startswith('optimized')): return time_grid(steps, path, spacing, t_start, t_end)
@@ -140,7 +140,7 @@ def _grid(steps: int, path: Path, spacing: str | Tensor, t_start: float | None, 
 # %% ../nbs/05_exponential.ipynb #810c1d0e
 def ddim(
     steps: int, # number of steps N
-    path: Path = VPPath(), # where the times live
+    path: NoisePath = VPPath(), # where the times live
     spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes, for example time_grid(N, path, 'shifted', shift=6)
     t_start: float | None = None, # first time; None = the path's noise
     t_end: float | None = None, # last time; None = the path's t_end
@@ -152,7 +152,7 @@ def ddim(
 def deis(
     steps: int, # number of steps N
     order: int = 3, # evaluations per step, 1 to 4
-    path: Path = VPPath(), # where the times live
+    path: NoisePath = VPPath(), # where the times live
     spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
     variable: str = 'time', # of the polynomial: 'time' (tAB), 's' (rho-AB) or 'log-snr' (as diffusers)
     start: str = 'low-order', # 'low-order', or 'rk4': see `multistep`
@@ -163,12 +163,12 @@ def deis(
     "Diffusion exponential integrator sampler (arXiv 2204.13902), multistep in noise coordinates; NFE = steps."
     return multistep(_grid(steps, path, spacing, t_start, t_end), order, polynomial_rule('noise', path, variable), f'deis-{order}', start, finish, 'noise', path)
 
-def _home(path: Path) -> str: return 'velocity' if path == LinearPath() else 'noise'
+def _home(path: NoisePath) -> str: return 'velocity' if path.coordinates == 'velocity' else 'noise'
 
 def ipndm(
     steps: int, # number of steps N
     order: int = 4, # evaluations per step, 1 to 4
-    path: Path = LinearPath(), # linear: velocity coordinates; any other: noise coordinates
+    path: NoisePath = LinearPath(), # linear: velocity coordinates; any other: noise coordinates
     spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
     start: str = 'low-order', # 'low-order', or 'rk4': see `multistep`
     finish: str = 'full', # 'full' as published, or 'low-order'
@@ -183,7 +183,7 @@ def ipndm(
 def ipndm_v(
     steps: int, # number of steps N
     order: int = 4, # evaluations per step, 1 to 4
-    path: Path = LinearPath(), # linear: velocity coordinates, Adams-Bashforth itself; any other: noise coordinates
+    path: NoisePath = LinearPath(), # linear: velocity coordinates, Adams-Bashforth itself; any other: noise coordinates
     spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
     start: str = 'low-order', # 'low-order', or 'rk4': see `multistep`
     finish: str = 'full', # 'full' as published, or 'low-order'
@@ -195,7 +195,7 @@ def ipndm_v(
     return multistep(_grid(steps, path, spacing, t_start, t_end), order, rule, 'ipndm-v', start, finish, _home(path), path)
 
 # %% ../nbs/05_exponential.ipynb #02ca3825
-def dpm_rule(coordinates: str, path: Path) -> Callable:
+def dpm_rule(coordinates: str, path: NoisePath) -> Callable:
     "Multistep weights of DPM-Solver (noise) and DPM-Solver++ (data) as released: rule(times [q], a, b) -> [q]."
     kappa = _Kappa(coordinates, path)
     def rule(times, a, b):
@@ -221,7 +221,7 @@ def _dpm(name, coordinates, steps, order, path, spacing, singlestep, exact, star
 def dpm_solver_pp(
     steps: int, # number of steps; with singlestep number of evaluations
     order: int = 2, # 1 to 3
-    path: Path = VPPath(), # where the times live
+    path: NoisePath = VPPath(), # where the times live
     spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
     singlestep: bool = False, # evaluate inside the step (2S) instead of using past evaluations (2M, 3M)
     exact: bool = False, # integrate the polynomial exactly instead of as in the released code
@@ -236,7 +236,7 @@ def dpm_solver_pp(
 def dpm_solver(
     steps: int, # number of evaluations; with singlestep=False also number of steps
     order: int = 2, # 1 to 3
-    path: Path = VPPath(), # where the times live
+    path: NoisePath = VPPath(), # where the times live
     spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
     singlestep: bool = True, # DPM-Solver-2, -3 as published; False: multistep
     exact: bool = False, # multistep only, see `dpm_solver_pp`
@@ -262,7 +262,7 @@ def singlestep_orders(
     if order == 3 and rest == 0: return [3] * (whole - 1) + [2, 1]
     return [order] * whole + [rest] * (rest > 0)
 
-def _singlestep(grid: Tensor, orders: list[int], name: str, coordinates: str, path: Path) -> Solver:
+def _singlestep(grid: Tensor, orders: list[int], name: str, coordinates: str, path: NoisePath) -> Solver:
     kappa, times = _Kappa(coordinates, path), grid.tolist()
     build, first = Builder(times[0], coordinates, path), 0
     if not np.isfinite(kappa(times[-1])) and orders[-1] > 1: raise ValueError(f'the last step is of order {orders[-1]} and cannot end at a clean state (t = {times[-1]:g}): give t_end inside {path}, or a number of evaluations whose last step is of order 1.')
@@ -284,7 +284,7 @@ def _singlestep(grid: Tensor, orders: list[int], name: str, coordinates: str, pa
 # %% ../nbs/05_exponential.ipynb #dc2f6588
 def unipc_rules(
     variant: str, # 'bh1' or 'bh2'
-    path: Path, # where the times live
+    path: NoisePath, # where the times live
 ) -> tuple[Callable, Callable]: # (predictor, corrector), each rule(times [q], a, b) -> weights [q]
     "Weights of UniP-p and UniC-p in data coordinates; the corrector's times end with b."
     kappa = _Kappa('data', path)
@@ -304,7 +304,7 @@ def unipc_rules(
 def unipc(
     steps: int, # number of steps N
     order: int = 2, # 1 to 3
-    path: Path = VPPath(), # where the times live
+    path: NoisePath = VPPath(), # where the times live
     spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
     variant: str = 'bh2', # B(h): 'bh1' or 'bh2'
     corrector: bool = True, # False: the predictor alone, UniP

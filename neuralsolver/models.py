@@ -12,7 +12,7 @@ __all__ = ['SIZES', 'CHECKPOINTS', 'ARCHITECTURES', 'MIXTURE_STD', 'VAE_FILES', 
 
 # %% ../nbs/11_models.ipynb #e20afc74
 import argparse, json, math, os
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 from .fields import GaussianMixture
 from .kernels import deformable_gather
-from .paths import LinearPath, Path, VPPath
+from .paths import LinearPath, NoisePath, VPPath
 from .utils import ASSET_FOLDER, asset_file, atomic_path, check_choice, data_file, data_root, import_torchvision, sha256, write_json
 
 # %% ../nbs/11_models.ipynb #897ab515
@@ -339,7 +339,7 @@ def load_checkpoint(
 def checkpoint_file(
     name: str, # a key of CHECKPOINTS
     path: str | os.PathLike | None = None, # a local file
-) -> FilePath:
+) -> Path:
     "A checkpoint on disk: the file given, one in $NEURALSOLVER_CHECKPOINTS, or fetched; see `asset_file`."
     c = CHECKPOINTS[check_choice('checkpoint', name, CHECKPOINTS)]
     return asset_file(name, c.file, c.source, c.sha256, path, also=(f'{name}.pt', f'{name}.safetensors'))
@@ -367,13 +367,13 @@ def save_model(
     card: dict, # how it was made: command, samples seen, loss, seed, ...
 ):
     "Write weights and card; the card carries the SHA-256 of the weights."
-    path = FilePath(path)
+    path = Path(path)
     with atomic_path(path) as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, tmp)
     write_json(path.with_suffix('.json'), dict(architecture=type(net).__name__, config=net.config, sha256=sha256(path), **card))
 
 def load_card(path: str | os.PathLike) -> dict:
     "The card of a weights file."
-    return json.loads(FilePath(path).with_suffix('.json').read_text())
+    return json.loads(Path(path).with_suffix('.json').read_text())
 
 def load_weights(
     path: str | os.PathLike, # NAME.safetensors with its card NAME.json
@@ -404,23 +404,23 @@ def model_architecture(
 ) -> str: # a key of ARCHITECTURES, or 'GaussianMixture'
     "What kind of network a model is, without loading its weights; a ValueError lists the names known."
     if name in CHECKPOINTS: return CHECKPOINTS[name].architecture
-    if str(name).endswith('.safetensors') and FilePath(name).with_suffix('.json').is_file(): return load_card(name)['architecture']
+    if str(name).endswith('.safetensors') and Path(name).with_suffix('.json').is_file(): return load_card(name)['architecture']
     check_choice('model', name, [*list_models(), *CHECKPOINTS, 'FILE.safetensors with its card FILE.json'])
     return 'GaussianMixture' if name == 'fashion-mixture' else load_card(data_root() / f'{name}.safetensors')['architecture']
 
-def model_path(name: str) -> Path:
+def model_path(name: str) -> NoisePath:
     "The path that a model lives on, without loading its weights."
     return ARCHITECTURES[found].path if (found := model_architecture(name)) in ARCHITECTURES else LinearPath()
 
 def model_file(
     name: str, # as in `model_architecture`
     path: str | os.PathLike | None = None, # local file of an official checkpoint
-) -> FilePath:
+) -> Path:
     "The file behind a model; fetched if it is an official checkpoint."
     if name in CHECKPOINTS: return checkpoint_file(name, path)
     if path: raise ValueError(f'path={str(path)!r} is for official checkpoints ({", ".join(CHECKPOINTS)}), not for {name!r}.')
     model_architecture(name)
-    if str(name).endswith('.safetensors'): return FilePath(name)
+    if str(name).endswith('.safetensors'): return Path(name)
     return data_root() / ('fashion_mixture.npz' if name == 'fashion-mixture' else f'{name}.safetensors')
 
 def load_model(
@@ -441,12 +441,12 @@ VAE_FILES = ('config.json', 'diffusion_pytorch_model.safetensors')
 
 def vae_folder(
     source: str, # a folder with VAE_FILES, or the id of a Hugging Face repository
-) -> FilePath:
+) -> Path:
     "Where the autoencoder lies: the folder given, one of its name in $NEURALSOLVER_CHECKPOINTS, or the cache of huggingface_hub."
     folder = os.environ.get(ASSET_FOLDER)
-    for found in (FilePath(source), *([FilePath(folder) / source.split('/')[-1]] if folder else [])):
+    for found in (Path(source), *([Path(folder) / source.split('/')[-1]] if folder else [])):
         if all((found / f).is_file() for f in VAE_FILES): return found
-    try: return FilePath([_hub_file(source, f) for f in VAE_FILES][0]).parent
+    try: return Path([_hub_file(source, f) for f in VAE_FILES][0]).parent
     except Exception as e: # whatever the network says
         raise FileNotFoundError(f'vae={source!r}: {", ".join(VAE_FILES)} are not there and could not be fetched from https://huggingface.co/{source} ({type(e).__name__}: {str(e)[:120]}). '
                                 f'Download them into a folder {source.split("/")[-1]!r} and give it, or put it into the folder named by ${ASSET_FOLDER}.') from e

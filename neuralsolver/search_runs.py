@@ -8,7 +8,7 @@ __all__ = ['SEARCH_SEED', 'TEST_SEED', 'GROUPS', 'Search', 'search_pool', 'run_s
 # %% ../nbs/23_search_runs.ipynb #1c8d4df3
 import json, math, os, re
 from dataclasses import asdict, dataclass, field as dataclass_field
-from pathlib import Path as FilePath
+from pathlib import Path
 import torch
 from torch import Tensor
 from .data import to_uint8
@@ -20,7 +20,6 @@ from .paths import LinearPath
 from .solver_search import check_start, method_settings, METHODS, Recipe, search
 from .solvers import adams_bashforth, Solver
 from .exponential import dpm_solver_pp
-from .neural import start_time
 from .teachers import Teacher, teacher_error, teacher_solver, teacher_trajectories
 from .utils import atomic_path, check_choice, check_float, check_int, indexed_noise, sha256, write_json
 
@@ -68,7 +67,7 @@ def search_pool(
     net = load_model(s.model, device).requires_grad_(False); field = Field(net, guidance=s.guidance)
     noise = indexed_noise(range(s.samples + s.heldout), net.sample_shape, seed=SEARCH_SEED + s.seed, device=device)
     labels = torch.arange(len(noise), device=device) % net.num_classes
-    kept = FilePath(folder) / f'{s.model}_g{s.guidance:g}_{teacher_solver(1, field.path).name}-{s.teacher_steps}_n{len(noise)}_s{s.seed}'
+    kept = Path(folder) / f'{s.model}_g{s.guidance:g}_{teacher_solver(1, field.path).name}-{s.teacher_steps}_n{len(noise)}_s{s.seed}'
     return field, teacher_trajectories(field, noise, labels, s.teacher_steps, folder=kept, progress=progress)
 
 def run_search(
@@ -79,14 +78,14 @@ def run_search(
     progress: bool = True, # tqdm progress bars
 ) -> dict: # the record: identity, solver, history, seconds, cost
     "One search, from its file if it is there; resumable."
-    file = FilePath(folder) / f'{s.name}.json'
+    file = Path(folder) / f'{s.name}.json'
     if file.exists():
         record = json.loads(file.read_text())
         if record['identity'] != s.identity:
             differ = ', '.join(k for k, v in s.identity.items() if record['identity'].get(k) != v)
             raise ValueError(f'{file} belongs to another search ({differ} differ): delete it, or give a label or another folder.')
         return record
-    field, teacher = search_pool(s, FilePath(folder) / 'teachers', device, progress)
+    field, teacher = search_pool(s, Path(folder) / 'teachers', device, progress)
     checkpoint = file.with_suffix('.ckpt')
     found = search(field, s.steps, teacher.noise, teacher.cond, teacher, s.method, s.seed, s.heldout, checkpoint, name=s.model, progress=progress,
                    provenance=dict(searched_on=s.model, guidance=s.guidance, weights=s.identity['weights']) | (provenance or {}), **s.settings)
@@ -112,14 +111,14 @@ class Scorer:
         batch_size: int = 250, # states integrated at a time
         device: str = 'cpu', # torch device
     ):
-        self.model, self.folder, self.samples, self.guidance, self.batch_size, self.device = model, FilePath(folder), check_int('samples', samples, 2 * GROUPS), check_float('guidance', guidance, 0), check_int('batch_size', batch_size), device
+        self.model, self.folder, self.samples, self.guidance, self.batch_size, self.device = model, Path(folder), check_int('samples', samples, 2 * GROUPS), check_float('guidance', guidance, 0), check_int('batch_size', batch_size), device
         self.guided_samples = check_int('guided_samples', guided_samples or samples, 2 * GROUPS, samples)
         self.path, self.teacher_steps, self.ready = model_path(model), check_int('teacher_steps', teacher_steps), None
         self.key = f'{model}_n{samples}-{self.guided_samples}_g{guidance:g}_L{teacher_steps}_{sha256(model_file(model))[:8]}_{extractor_name()[-10:]}'
 
     def reference_solver(self) -> Solver:
         "A solver far more accurate than the teacher."
-        return adams_bashforth(200, 4) if self.path == LinearPath() else dpm_solver_pp(200, 3, self.path, spacing='log-snr', t_start=start_time(self.path))
+        return adams_bashforth(200, 4) if self.path.coordinates == 'velocity' else dpm_solver_pp(200, 3, self.path, spacing='log-snr', t_start=self.path.t_start)
 
     def prepare(self):
         "Network, noises and the end points that are compared with, made once and kept in a file."

@@ -11,7 +11,7 @@ __all__ = ['LOSSES', 'STARTS', 'METHODS', 'PUBLISHED', 'FITTED_MARGIN', 'FITTED_
 # %% ../nbs/09_solver_search.ipynb #361cbc59
 import ast, math, os, time
 from dataclasses import dataclass, fields, replace
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Callable
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 from .closed_form import fit_rows, gits
+from .fields import field_on, path_of
 from .exponential import ddim
-from .neural import classical_names, FAMILIES, get_solver, list_solvers, load_solver, NeuralSolver, start_time
-from .paths import LinearPath, Path
+from .neural import classical_names, FAMILIES, get_solver, list_solvers, load_solver, NeuralSolver
+from .paths import LinearPath, NoisePath
 from .solvers import Solver, sample, uniform_grid
 from .teachers import Teacher, teacher_trajectories, trajectory_identity, what_differs
 from .utils import atomic_path, check_choice, check_float, check_int
@@ -132,8 +133,8 @@ class _Counted:
     "A field that counts its evaluations, one per sample."
     def __init__(self, field: Callable, count: dict, key: str = 'forward'):
         self.field, self.count, self.key = field, count, key
-        if hasattr(field, 'path'): self.path = field.path
-    def on(self, path: Path, coordinates: str) -> '_Counted': return _Counted(self.field.on(path, coordinates) if hasattr(self.field, 'on') else self.field, self.count, self.key)
+        self.path = path_of(field)
+    def on(self, path: NoisePath, coordinates: str) -> '_Counted': return _Counted(field_on(self.field, path, coordinates), self.count, self.key)
     def __call__(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
         self.count[self.key] = self.count.get(self.key, 0) + len(x)
         if torch.is_grad_enabled(): self.count['backward'] = self.count.get('backward', 0) + len(x)
@@ -147,7 +148,7 @@ RACE_MEMBERS = 256 # of the pool that judge a race
 def start_solver(
     name: str, # of `get_solver`
     steps: int, # evaluations N
-    path: Path = LinearPath(), # where to search
+    path: NoisePath = LinearPath(), # where to search
 ) -> Solver:
     "A solver by name to start from; published tables with the time deltas before their rounding, whose sum is 1."
     solver = load_solver(name, steps, rounded=False) if name in PUBLISHED else get_solver(name, steps, path)
@@ -156,7 +157,7 @@ def start_solver(
 
 def start_candidates(
     steps: int, # evaluations N
-    path: Path = LinearPath(), # where to search
+    path: NoisePath = LinearPath(), # where to search
     published: bool = True, # published tables as well as classical rules
 ) -> dict[str, Solver]: # by name
     "Solvers of the paper's family on a path that a search may start at; tables searched in this project are not among them."
@@ -170,11 +171,11 @@ def start_candidates(
 
 def race_grids(
     steps: int, # evaluations N
-    path: Path = LinearPath(), # where to search
+    path: NoisePath = LinearPath(), # where to search
 ) -> dict[str, Tensor]: # nodes [N + 1] by name
     "Grids of different kinds for rows in closed form: powers of a uniform grid, or on other paths those of the literature."
-    if path == LinearPath(): return {f'power-{p:g}': uniform_grid(steps) ** p for p in (1.3, 2.)}
-    return {grid: ddim(steps, path, spacing=grid, t_start=start_time(path)).nodes for grid in ('time', 'quadratic')}
+    if path.coordinates == 'velocity': return {f'power-{p:g}': uniform_grid(steps) ** p for p in (1.3, 2.)}
+    return {grid: ddim(steps, path, spacing=grid, t_start=path.t_start).nodes for grid in ('time', 'quadratic')}
 
 @torch.no_grad()
 def choose_start(
@@ -203,7 +204,7 @@ def search(
     seed: int = 0, # seed of the batch order
     heldout: int | None = None, # pool members kept for validation; None = a fifth
     checkpoint: str | os.PathLike | None = None, # file to resume from and to save to at every held-out evaluation
-    path: Path | None = None, # where to search; None = `field.path`, or LinearPath()
+    path: NoisePath | None = None, # where to search; None = `field.path`, or LinearPath()
     init: Solver | None = None, # solver to start from (one evaluation a step, on this path, in its coordinates); None = as the recipe says
     eval_batch_size: int = 250, # states integrated at a time without gradients: teacher and held-out noise
     gradient_checkpointing: bool = False, # recompute each network call in the backward pass instead of keeping its activations; same result, see *Large networks*
@@ -219,7 +220,7 @@ def search(
     recipe = method_settings(method, settings)
     train = len(noise) - check_int('heldout', len(noise) // 5 or 1 if heldout is None else heldout, 1, len(noise) - 1)
     if isinstance(recipe, Recipe): check_int('batch_size', recipe.batch_size, 1, train)
-    path = path or getattr(field, 'path', LinearPath()); check_start(init, recipe, steps, path); check_int('eval_batch_size', eval_batch_size)
+    path = path or path_of(field); check_start(init, recipe, steps, path); check_int('eval_batch_size', eval_batch_size)
     if isinstance(teacher, int): teacher = teacher_trajectories(field, noise, cond, check_int('teacher', teacher, steps), path, eval_batch_size, progress=progress)
     check_teacher(teacher, noise, cond, path, recipe)
     run = _Run(Recomputed(field) if gradient_checkpointing else field, steps, method, recipe, path, teacher, train, seed, eval_batch_size, init, checkpoint)
@@ -262,22 +263,22 @@ def read_settings(
 def check_init(
     init: Solver | None, # a solver to start from
     steps: int, # evaluations it must have
-    path: Path, # and where it must run, from end to end
+    path: NoisePath, # and where it must run, from end to end
 ):
     "ValueError for a solver that a search cannot start from."
     if init is None: return
-    coordinates = 'velocity' if path == LinearPath() else 'data'
+    coordinates = 'velocity' if path.coordinates == 'velocity' else 'data'
     if init.nfe != steps: raise ValueError(f'init={init.name!r} has {init.nfe} evaluations; give a solver with {steps}, one a step.')
     if (init.path, init.coordinates) != (path, coordinates):
         raise ValueError(f'init={init.name!r} is in {init.coordinates} coordinates on {init.path}: {coordinates} coordinates on {path} are needed.')
-    if (init.nodes[[0, -1]] - torch.tensor([start_time(path), path.t_end], dtype=torch.float64)).abs().max() > 1e-9:
-        raise ValueError(f'init={init.name!r} runs from t = {init.nodes[0]:g} to {init.nodes[-1]:g}: {start_time(path)} to {path.t_end} is needed (t_start=..., or get_solver).')
+    if (init.nodes[[0, -1]] - torch.tensor([path.t_start, path.t_end], dtype=torch.float64)).abs().max() > 1e-9:
+        raise ValueError(f'init={init.name!r} runs from t = {init.nodes[0]:g} to {init.nodes[-1]:g}: {path.t_start} to {path.t_end} is needed (t_start=..., or get_solver).')
 
 def check_start(
     init: Solver | None, # as in `search`
     recipe: Recipe | dict, # of the method
     steps: int, # evaluations N
-    path: Path, # where to search
+    path: NoisePath, # where to search
 ):
     "ValueError for a start that does not exist or is not in the family, before any compute."
     check_init(init, steps, path)
@@ -289,14 +290,14 @@ def check_teacher(
     teacher: Teacher, # given or made
     noise: Tensor, # as in `search`
     cond: Tensor | None, # as in `search`
-    path: Path, # where to search
+    path: NoisePath, # where to search
     recipe: Recipe | dict, # of the method
 ):
     "ValueError for a teacher of another pool, another path, or other ends."
     same = teacher.noise.shape == noise.shape and torch.equal(teacher.noise, noise) and (teacher.cond is None) == (cond is None) and (cond is None or torch.equal(teacher.cond, cond))
     if not same: raise ValueError('teacher belongs to another pool (noise or cond differ): give teacher_trajectories of this pool.')
     if not (finite := teacher.ends.flatten(1).isfinite().all(1)).all(): raise ValueError(f'the teacher is not finite for members {(~finite).nonzero().flatten().tolist()[:8]}: leave them out of the pool.')
-    nodes = teacher.solver.nodes; ends = torch.tensor([start_time(path), path.t_end], dtype=torch.float64)
+    nodes = teacher.solver.nodes; ends = torch.tensor([path.t_start, path.t_end], dtype=torch.float64)
     if teacher.path != path or (nodes[[0, -1]] - ends).abs().max() > 1e-9: raise ValueError(f'teacher runs from t = {nodes[0]:g} to {nodes[-1]:g} of {teacher.path}: {ends[0]:g} to {ends[1]:g} of {path} is needed.')
     if isinstance(recipe, Recipe) and recipe.loss == 'paper' and (nodes.diff() - nodes.diff().mean()).abs().max() > 1e-9: raise ValueError("loss='paper' rounds to a uniform grid of the teacher; this one has another: use loss='aligned'.")
 
@@ -309,9 +310,9 @@ class _Run:
         self.cost = dict(teacher=teacher.evaluations, start=0, forward=0, backward=0, heldout=0)
         clock, self.spent = time.perf_counter(), teacher.seconds
         self.fields = {key: _Counted(field, self.cost, key) for key in ('start', 'forward', 'heldout')}
-        self.form = dict(path=path, coordinates='velocity' if path == LinearPath() else 'data', t_start=start_time(path))
+        self.form = dict(path=path, coordinates='velocity' if path.coordinates == 'velocity' else 'data', t_start=path.t_start)
         self.iteration, self.best, self.history, self.seconds = 0, (float('inf'), 0, None), dict(loss=[], iteration=[], evaluations=[], heldout_rmse=[]), []
-        state = torch.load(checkpoint, weights_only=True) if checkpoint is not None and isinstance(recipe, Recipe) and FilePath(checkpoint).exists() else None
+        state = torch.load(checkpoint, weights_only=True) if checkpoint is not None and isinstance(recipe, Recipe) and Path(checkpoint).exists() else None
         self.settings = dict(method=method, recipe=[[k, v] for k, v in sorted(vars(replace(recipe, iterations=1) if recipe.schedule == 'constant' else recipe).items())], path=repr(path), train=train, seed=seed, steps=steps,
                              init=init and init.digest) if isinstance(recipe, Recipe) else {}
         if checkpoint is not None and self.settings: self.settings |= trajectory_identity(self.fields['start'], teacher.noise, teacher.cond, teacher.solver)
@@ -497,6 +498,6 @@ class Recomputed:
     "A field that keeps no activations: each call is run again in the backward pass."
     def __init__(self, field: Callable):
         self.field = field
-        if hasattr(field, 'path'): self.path = field.path
-    def on(self, path: Path, coordinates: str) -> 'Recomputed': return Recomputed(self.field.on(path, coordinates)) if hasattr(self.field, 'on') else self
+        self.path = path_of(field)
+    def on(self, path: NoisePath, coordinates: str) -> 'Recomputed': return Recomputed(field_on(self.field, path, coordinates))
     def __call__(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor: return recompute(self.field, x, t, *cond, use_reentrant=False)

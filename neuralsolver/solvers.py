@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .paths import LinearPath, Path, PATHS
+from .fields import field_on
+from .paths import LinearPath, NoisePath, PATHS
 from .utils import check_choice, check_int, write_json
 
 # %% ../nbs/03_solvers.ipynb #63425dbc
@@ -50,7 +51,7 @@ class Solver:
     name: str = 'solver' # what it is called in tables
     steps: int = 0 # steps of the method; 0 = one evaluation a step
     coordinates: str = 'velocity' # the prediction it integrates, a key of COORDINATES
-    path: Path = LinearPath() # the path its nodes belong to
+    path: NoisePath = LinearPath() # the path its nodes belong to
     params: int = 0 # how many of its numbers were searched (0 = a classical rule)
     provenance: dict = dataclass_field(default_factory=dict) # where the numbers come from: source, command, hashes
     gains: Tensor | None = None # factor of the previous state in every step, float64 [K]; None = that of the coordinates, and rows must sum to the span; given: free, and so are the rows (arXiv 2403.01329)
@@ -183,7 +184,7 @@ def sample(
     "Integrate the field with exactly `solver.nfe` calls. Differentiable in noise, nodes, weights and gains. Keeps no state between calls."
     if not isinstance(solver, Solver): raise ValueError(f'solver must be a Solver, not {type(solver).__name__}: try neuralsolver.euler(8).')
     if not (isinstance(noise, Tensor) and noise.is_floating_point()): raise ValueError('noise must be a floating-point tensor [B, ...].')
-    if hasattr(field, 'on'): field = field.on(solver.path, solver.coordinates)
+    field = field_on(field, solver.path, solver.coordinates)
     x = noise if noise.dtype == torch.float64 else noise.float()
     nodes, gain, weights = solver.nodes.to(x), solver.gain.to(x), solver.weights.to(x)
     used = solver.weights.detach() != 0 if not solver.weights.requires_grad else torch.ones_like(solver.weights, dtype=torch.bool)
@@ -225,7 +226,7 @@ class Builder:
         self,
         t: float, # time of the initial state
         coordinates: str = 'velocity', # a key of COORDINATES
-        path: Path = LinearPath(), # where the times live
+        path: NoisePath = LinearPath(), # where the times live
     ):
         self.coordinates, self.path, self.form = check_choice('coordinates', coordinates, COORDINATES), path, COORDINATES[coordinates]
         self.present, self.evaluated, self.weights, self.delta = (t, np.zeros(0)), [], [], None # states are (time, row)
@@ -286,7 +287,7 @@ def runge_kutta(
     grid: Tensor, # times [len(rules) + 1]
     name: str, # name of the solver
     coordinates: str = 'velocity', # a key of COORDINATES
-    path: Path = LinearPath(), # where the times live
+    path: NoisePath = LinearPath(), # where the times live
 ) -> Solver:
     "Explicit Runge-Kutta steps on a grid, one rule a step, as one tableau."
     times = grid.tolist(); build = Builder(times[0], coordinates, path)
@@ -338,7 +339,7 @@ def multistep(
     start: str = 'low-order', # 'low-order': orders 1, 2, ... on the first steps; 'rk4': classical Runge-Kutta on the first order - 1 steps
     finish: str = 'full', # 'full', or 'low-order': orders ..., 2, 1 on the last steps
     coordinates: str = 'velocity', # a key of COORDINATES
-    path: Path = LinearPath(), # where the times live
+    path: NoisePath = LinearPath(), # where the times live
     corrector: Callable | None = None, # like step_weights, but `used` ends with b: rewrites the state at b once it has been evaluated
 ) -> Solver:
     "A linear multistep method as one tableau."
@@ -382,11 +383,11 @@ def adam4(steps: int, grid: Tensor | None = None) -> Solver:
 # %% ../nbs/03_solvers.ipynb #f2847168
 def change_path(
     solver: Solver, # data, noise or flow coordinates; or velocity on the linear path
-    path: Path, # the path to express it on
+    path: NoisePath, # the path to express it on
 ) -> Solver: # the same method there; velocity becomes flow, and flow on the linear path velocity
     "Re-express a solver on another path at equal log-SNR; nodes beyond the ends of the new path are moved to its ends."
     if path == solver.path: return solver
-    coordinates = 'flow' if solver.coordinates == 'velocity' and solver.path == LinearPath() else solver.coordinates
+    coordinates = 'flow' if solver.coordinates == 'velocity' and solver.path.coordinates == 'velocity' else solver.coordinates
     if coordinates == 'velocity':
         raise ValueError(f'velocity on {solver.path} depends on its clock and has no meaning on {path}: use a solver in data, noise or flow coordinates.')
     own = solver.nodes.clamp(*sorted((solver.path.t_noise, solver.path.t_data))) # published time deltas sum to 1 up to rounding
@@ -396,7 +397,7 @@ def change_path(
     forward = nodes.diff() * (path.t_data - path.t_noise) > 0
     if not (forward | (solver.nodes.diff() == 0)).all():
         raise ValueError(f'{solver.name} has several nodes beyond the ends of {path}: give a path that reaches further.')
-    target = 'velocity' if path == LinearPath() and coordinates == 'flow' else coordinates
+    target = 'velocity' if path.coordinates == 'velocity' and coordinates == 'flow' else coordinates
     if not solver.consistent: # only the unit changes; by alpha and sigma together, as one of them may be 0 at an end
         size = lambda p, n: torch.hypot(p.alpha(n), p.sigma(n)); unit = size(path, nodes) / size(solver.path, own)
         return replace(solver, nodes=nodes, weights=solver.weights * unit[1:, None], gains=solver.gains * unit[1:] / unit[:-1], coordinates=target, path=path)

@@ -10,20 +10,20 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from .paths import Path, VPPath
+from .paths import NoisePath, VPPath
 from .utils import check_choice, check_float, check_int
 
 # %% ../nbs/04_spacings.ipynb #306d741d
 SPACINGS = ('time', 'log-snr', 'quadratic', 'karras', 'shifted')
 
-def _range(path: Path) -> list[float]: # smallest and largest time of the path
+def _range(path: NoisePath) -> list[float]: # smallest and largest time of the path
     return path.clamp(torch.tensor(sorted((path.t_noise, path.t_data)), dtype=torch.float64)).tolist()
 
 def _between(a, b, steps: int) -> Tensor: return torch.lerp(*(torch.as_tensor(v, dtype=torch.float64) for v in (a, b)), torch.linspace(0, 1, steps + 1, dtype=torch.float64))
 
 def time_grid(
     steps: int, # number of steps N >= 1
-    path: Path = VPPath(), # where the times live
+    path: NoisePath = VPPath(), # where the times live
     spacing: str | Tensor = 'time', # a name from SPACINGS, or the N + 1 nodes themselves
     t_start: float | None = None, # first time; None = the path's noise
     t_end: float | None = None, # last time; None = the path's t_end
@@ -50,7 +50,7 @@ def time_grid(
     nodes[0], nodes[-1] = a, b # to the last bit
     return nodes
 
-def _given(steps: int, path: Path, nodes: Tensor) -> Tensor:
+def _given(steps: int, path: NoisePath, nodes: Tensor) -> Tensor:
     "Given nodes, if they are a grid of this path."
     nodes = torch.as_tensor(nodes, dtype=torch.float64); low, high = _range(path)
     if nodes.shape != (steps + 1,) or not ((nodes.diff() * (path.t_data - path.t_noise) > 0).all() and low <= nodes.min() and nodes.max() <= high):

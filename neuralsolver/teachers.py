@@ -8,7 +8,7 @@ __all__ = ['teacher_solver', 'Teacher', 'teacher_trajectories', 'trajectory_iden
 # %% ../nbs/07_teachers.ipynb #bc8dd2c8
 import fcntl, hashlib, json, os, time
 from dataclasses import dataclass, replace
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Callable
 import numpy as np
 import torch
@@ -16,18 +16,18 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
 from .exponential import ddim
-from .neural import start_time
-from .paths import LinearPath, Path
+from .fields import path_of
+from .paths import LinearPath, NoisePath
 from .solvers import COORDINATES, Solver, euler, sample
 from .utils import check_int, write_json
 
 # %% ../nbs/07_teachers.ipynb #bdad1847
 def teacher_solver(
     steps: int = 100, # steps L
-    path: Path = LinearPath(), # where to integrate
+    path: NoisePath = LinearPath(), # where to integrate
 ) -> Solver:
     "The paper's teachers, uniform in time: Euler on the linear path, DDIM from t = 0.999 on a variance-preserving one."
-    return euler(steps) if path == LinearPath() else ddim(steps, path, t_start=start_time(path))
+    return euler(steps) if path.coordinates == 'velocity' else ddim(steps, path, t_start=path.t_start)
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
@@ -42,7 +42,7 @@ class Teacher:
     @property
     def ends(self) -> Tensor: "End points [M, ...]."; return self.states[-1]
     @property
-    def path(self) -> Path: "Where they were integrated."; return self.solver.path
+    def path(self) -> NoisePath: "Where they were integrated."; return self.solver.path
     @property
     def evaluations(self) -> int: "Evaluations of the field that were spent on the pool."; return self.solver.nfe * len(self)
     def __getitem__(self, index: slice | Tensor) -> 'Teacher':
@@ -57,7 +57,7 @@ def teacher_trajectories(
     noise: Tensor, # initial states [M, ...]
     cond: Tensor | None = None, # conditions [M, ...]
     steps: int = 100, # steps L of the paper's teacher
-    path: Path | None = None, # where to integrate; None = `field.path`, or LinearPath()
+    path: NoisePath | None = None, # where to integrate; None = `field.path`, or LinearPath()
     batch_size: int = 250, # states integrated at a time
     store: str | torch.device | None = None, # where they are kept, for example 'cpu' beside a network on a GPU; None = with the noise
     solver: Solver | None = None, # another teacher, one evaluation a step; None = `teacher_solver(steps, path)`
@@ -65,7 +65,7 @@ def teacher_trajectories(
     progress: bool = True, # tqdm progress bar
 ) -> Teacher:
     "Integrate the teacher of Alg. 2 for a pool of noises; resumable with `folder`."
-    solver = solver or teacher_solver(check_int('teacher', steps), path or getattr(field, 'path', LinearPath()))
+    solver = solver or teacher_solver(check_int('teacher', steps), path or path_of(field))
     if not isinstance(noise, Tensor) or len(noise) < 1: raise ValueError('noise must be a pool of initial states [M, ...].')
     if cond is not None and len(cond) != len(noise): raise ValueError(f'cond has {len(cond)} rows for {len(noise)} noises: they must be equal.')
     if not solver.consistent or not (solver.span != 0).all() or not (solver.weights.diagonal() != 0).all(): raise ValueError(f'{solver.name!r} cannot be a teacher: every step must be consistent, move, and use its newest evaluation (euler, ddim, adams_bashforth).')
@@ -112,7 +112,7 @@ class _Memory:
 class _File:
     "States in a folder: states.npy [M, L + 1, ...], and card.json that says how many are there. One process writes, others wait for it."
     def __init__(self, folder, shape, dtype, identity):
-        self.folder, self.identity, self.done, self.seconds = FilePath(folder), identity, 0, 0.
+        self.folder, self.identity, self.done, self.seconds = Path(folder), identity, 0, 0.
         file, card = self.folder / 'states.npy', self.folder / 'card.json'
         self.folder.mkdir(parents=True, exist_ok=True); self.lock = open(self.folder / '.lock', 'w'); fcntl.flock(self.lock, fcntl.LOCK_EX)
         try: known = json.loads(card.read_text()) if card.exists() else None

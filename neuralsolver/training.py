@@ -8,19 +8,20 @@ __all__ = ['regression_target', 'regression_loss', 'learning_rate', 'update_aver
 # %% ../nbs/13_training.ipynb #82affda0
 import hashlib, os
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from tqdm import tqdm
 from .data import to_float
-from .paths import NETWORK_TIMES, PREDICTIONS, LinearPath, Path
+from .fields import path_of
+from .paths import NETWORK_TIMES, PREDICTIONS, LinearPath, NoisePath
 from .utils import atomic_path, check_choice, check_float, check_int
 
 # %% ../nbs/13_training.ipynb #2a565463
 def regression_target(
-    path: Path, # the interpolation
+    path: NoisePath, # the interpolation
     prediction: str, # what the network predicts, one of PREDICTIONS
     data: Tensor, # x_1 [B, ...]
     noise: Tensor, # epsilon [B, ...]
@@ -33,7 +34,7 @@ def regression_target(
 
 def regression_loss(
     net: nn.Module, # net(x [B, ...], t [B], y [B]) -> [B, ...]; told `net.network_time` of NETWORK_TIMES, or the path's time
-    path: Path, # the interpolation
+    path: NoisePath, # the interpolation
     prediction: str, # what the network predicts
     data: Tensor, # x_1 [B, ...], in [-1, 1]
     noise: Tensor, # epsilon [B, ...]
@@ -67,7 +68,7 @@ def update_average(
 # %% ../nbs/13_training.ipynb #3bf23da4
 class _Run:
     "A training in progress; `settings` are all arguments that change its numbers."
-    def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, path: Path, settings: dict):
+    def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, path: NoisePath, settings: dict):
         self.net, self.images, self.labels, self.path, self.p = net, images, labels, path, SimpleNamespace(**settings)
         self.device = next(net.parameters()).device
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=self.p.lr, betas=(0.9, 0.99), weight_decay=0.)
@@ -111,7 +112,7 @@ def save(self:_Run, path: str | os.PathLike | None):
 @patch
 def load(self:_Run, path: str | os.PathLike | None):
     "Go on from a checkpoint; without one, write the first, so that an interrupted network is never mistaken for a fresh one."
-    if path is None or not FilePath(path).exists(): return self.save(path)
+    if path is None or not Path(path).exists(): return self.save(path)
     state = torch.load(path, weights_only=True, map_location='cpu')
     if differ := [k for k in self.settings if state.get('settings', {}).get(k) != self.settings[k]]:
         raise ValueError(f'{path} belongs to a training with another {", ".join(differ)}: '
@@ -147,7 +148,7 @@ def train(
     net: nn.Module, # net(x [B, C, H, W], t [B], y [B]); trained in place, on the device it is on
     images: Tensor, # uint8 [M, C, H, W], on the CPU
     labels: Tensor, # int64 [M], on the CPU
-    path: Path | None = None, # the interpolation between noise and data; None = `net.path`, or LinearPath()
+    path: NoisePath | None = None, # the interpolation between noise and data; None = `net.path`, or LinearPath()
     prediction: str | None = None, # what the network learns to predict; None = `net.prediction`, or 'velocity'
     samples: int = 1_920_000, # images seen; steps = samples // batch_size
     batch_size: int = 128, # images in one step
@@ -161,7 +162,7 @@ def train(
     progress: bool = True, # tqdm progress bar
 ) -> TrainResult:
     "Train a class-conditional network (eq. 6). The same numbers in one go, in pieces, or interrupted and resumed."
-    path, prediction = path or getattr(net, 'path', LinearPath()), prediction or getattr(net, 'prediction', 'velocity')
+    path, prediction = path or path_of(net), prediction or getattr(net, 'prediction', 'velocity')
     settings = dict(prediction=prediction, samples=samples, batch_size=batch_size, lr=lr, warmup=warmup, ema_decay=ema_decay, seed=seed)
     _check(net, images, labels, settings, save_every, stop_after)
     run = _Run(net.train(), images, labels, path, settings); run.load(checkpoint)

@@ -587,7 +587,7 @@ def test_a_users_solver_its_content_and_its_file_are_one(kind, tmp_path):
 
 def free_solver(path=LinearPath(), n=6):
     g = torch.Generator().manual_seed(11); near = lambda *shape: 1 + .2 * torch.randn(*shape, generator=g, dtype=F64)
-    s = adams_bashforth(n, 3, torch.linspace(0, 1, n + 1, dtype=F64) ** 1.3) if path == LinearPath() else load_solver('dit-xl-2', n)
+    s = adams_bashforth(n, 3, torch.linspace(0, 1, n + 1, dtype=F64) ** 1.3) if path.coordinates == 'velocity' else load_solver('dit-xl-2', n)
     return replace(s, name='free', weights=(s.weights * near(n, n)).tril(), gains=s.gain * near(n))
 
 @pytest.mark.parametrize('cls, path', [(Flow, LinearPath()), (VP, VPPath())], ids=['flow', 'vp'])

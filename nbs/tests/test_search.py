@@ -6,7 +6,7 @@ from neuralsolver.exponential import dpm_solver_pp
 from neuralsolver.fields import GaussianMixture
 from neuralsolver import search_runs, solver_search
 from neuralsolver.closed_form import fit_rows, gits
-from neuralsolver.neural import get_solver, NeuralSolver, start_time
+from neuralsolver.neural import get_solver, NeuralSolver
 from neuralsolver.paths import LinearPath, VPPath
 from neuralsolver.search_runs import GROUPS, run_search, Scorer, Search
 from neuralsolver.solver_search import FITTED_MARGIN, heldout_rmse, METHODS, PUBLISHED, race_grids, Recipe, search, start_candidates
@@ -67,7 +67,7 @@ def test_lion_leaves_its_fingerprint():
     units = torch.cat([row[:i] for i, row in enumerate(ratios(found.solver))]) / .01
     close(units, units.round(), 1e-6); assert (units.round() % 2 == 1).all() and len(units.round().unique()) > 2
 
-STARTS = {LinearPath(): adams_bashforth(6, 2), VPPath(): dpm_solver_pp(6, 2, t_start=start_time(VPPath()))}
+STARTS = {LinearPath(): adams_bashforth(6, 2), VPPath(): dpm_solver_pp(6, 2, t_start=VPPath().t_start)}
 FREE = {'times': (True, False, False, False), 'coefficients': (False, True, False, False), 'consistent': (True, True, False, False), 'scaled': (True, True, True, False), 'non-stationary': (True, True, True, True)} # nodes, M, row sums, gains
 
 @pytest.mark.parametrize('family', FREE)
@@ -158,7 +158,7 @@ def test_a_race_is_won_by_the_start_that_is_nearest_after_a_few_iterations(tmp_p
     after = {}
     for i, (n, start) in enumerate(runners.items()):
         found = run(field, init=start, iterations=5, schedule='cosine', eval_every=5, checkpoint=tmp_path / f'{i}.pt'); module = NeuralSolver(4, False, start); module.load_state_dict(torch.load(tmp_path / f'{i}.pt', weights_only=True)['module'])
-        with torch.no_grad(): after[n] = module(path=field.path, coordinates=start.coordinates, t_start=start_time(field.path))
+        with torch.no_grad(): after[n] = module(path=field.path, coordinates=start.coordinates, t_start=field.path.t_start)
     best = min(after, key=lambda n: distance(field, after[n])); assert s.solver.provenance['init'].startswith(f'{best}, raced'); same_solver(won, after[best], 1e-6)
     assert s.cost['forward'] == s.cost['backward'] == (12 + 5 * len(runners)) * 16 * 4 # the race is paid for
     again = Watched(); assert field is VP or run(again, checkpoint=tmp_path / 'c.pt', race=5).cost == s.cost and not again.graded # a resume does not race again
@@ -186,7 +186,7 @@ def test_a_few_strays_do_not_choose_the_start():
 @pytest.mark.parametrize('settings, message', [
     (dict(start='nonsense'), 'is not known'), (dict(start='heun'), 'one a step'), (dict(start='rule'), 'is not known'), (dict(start='ddim'), 'is not known|LinearPath'),
     (dict(start='ab3', order=2), 'uses more than 2 evaluations'), (dict(init=adams_bashforth(4, 3), order=2), 'uses more than 2 evaluations'),
-    (dict(init=adams_bashforth(5, 2)), 'has 5 evaluations'), (dict(init=dpm_solver_pp(4, 2, t_start=start_time(VPPath()))), 'velocity coordinates'),
+    (dict(init=adams_bashforth(5, 2)), 'has 5 evaluations'), (dict(init=dpm_solver_pp(4, 2, t_start=VPPath().t_start)), 'velocity coordinates'),
     (dict(init=adams_bashforth(4, 2, torch.linspace(.1, 1, 5, dtype=torch.float64))), 'runs from t = 0.1'), (dict(steps=7, start='ab4', two_step_tail=True), 'tail|evaluations'),
     (dict(method='least-squares', start='heun'), 'one a step'), (dict(method='least-squares', start='nonsense'), 'is not known'), (dict(teacher=3), 'teacher=3')])
 def test_a_start_outside_the_family_is_refused_before_any_compute(settings, message):

@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neuralsolver import teachers
 from neuralsolver.exponential import ddim, deis, dpm_solver_pp, ipndm
 from neuralsolver.fields import GaussianMixture
-from neuralsolver.neural import start_time
 from neuralsolver.paths import DDPMPath, LinearPath, VPPath
 from neuralsolver.solvers import adams_bashforth, euler, heun, sample
 from neuralsolver.teachers import Teacher, teacher_error, teacher_trajectories, trajectory_identity, what_differs
@@ -29,12 +28,12 @@ class Recorded:
     @property
     def trajectories(self) -> int: return sum(map(len, self.answers))
 
-VP = dict(t_start=start_time(VPPath()))
+VP = dict(t_start=VPPath().t_start)
 TEACHERS = { # by name: path, solver of L = 12 evaluations
     'euler': (LinearPath(), euler(12)), 'ab2': (LinearPath(), adams_bashforth(12, 2)), 'ab4': (LinearPath(), adams_bashforth(12, 4)),
     'ab4 on a cubic grid': (LinearPath(), adams_bashforth(12, 4, torch.linspace(0, 1, 13, dtype=torch.float64) ** 3)),
     'ddim': (VPPath(), ddim(12, **VP)), 'dpm-solver++2m': (VPPath(), dpm_solver_pp(12, 2, **VP)), 'dpm-solver++3m, log-snr': (VPPath(), dpm_solver_pp(12, 3, spacing='log-snr', **VP)),
-    'deis': (VPPath(), deis(12, 3, **VP)), 'ipndm': (VPPath(), ipndm(12, 4, VPPath(), **VP)), 'ddim on the DDPM path': (DDPMPath(), ddim(12, DDPMPath(), t_start=start_time(DDPMPath()))),
+    'deis': (VPPath(), deis(12, 3, **VP)), 'ipndm': (VPPath(), ipndm(12, 4, VPPath(), **VP)), 'ddim on the DDPM path': (DDPMPath(), ddim(12, DDPMPath(), t_start=DDPMPath().t_start)),
 }
 of_each_kind = pytest.mark.parametrize('name', TEACHERS)
 
