@@ -8,7 +8,6 @@ __all__ = ['regression_target', 'regression_loss', 'learning_rate', 'update_aver
 # %% ../nbs/13_training.ipynb #82affda0
 import hashlib, os
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 import torch
 from fastcore.basics import patch
@@ -16,8 +15,9 @@ from torch import nn, Tensor
 from tqdm import tqdm
 from .data import to_float
 from .fields import path_of
-from .paths import NETWORK_TIMES, PREDICTIONS, LinearPath, NoisePath
-from .utils import atomic_path, check_choice, check_float, check_int
+from .paths import NETWORK_TIMES, NoisePath, PREDICTIONS
+from .store import Store
+from .utils import check_choice, check_float, check_int
 
 # %% ../nbs/13_training.ipynb #2a565463
 def regression_target(
@@ -67,7 +67,7 @@ def update_average(
 
 # %% ../nbs/13_training.ipynb #3bf23da4
 class _Run:
-    "A training in progress; `settings` are all arguments that change its numbers."
+    "A training in progress; `identity` is all that changes its numbers."
     def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, path: NoisePath, settings: dict):
         self.net, self.images, self.labels, self.path, self.p = net, images, labels, path, SimpleNamespace(**settings)
         self.device = next(net.parameters()).device
@@ -75,7 +75,7 @@ class _Run:
         self.average = {k: v.detach().clone() for k, v in net.state_dict().items()}
         self.steps, self.done, self.losses, self.order = self.p.samples // self.p.batch_size, 0, [], (None, None)
         digest = hashlib.sha256(images.contiguous().numpy()); digest.update(labels.contiguous().numpy())
-        self.settings = dict(settings, net=type(net).__name__, config=repr(getattr(net, 'config', None)), path=repr(path),
+        self.identity = dict(settings, net=type(net).__name__, config=repr(getattr(net, 'config', None)), path=repr(path),
                              images=list(images.shape), sha256=digest.hexdigest())
 
     def batch(self) -> tuple[Tensor, Tensor]: # data [B, ...] in [-1, 1], labels [B]
@@ -102,24 +102,26 @@ def step(self:_Run):
     self.losses.append(loss.item()); self.done += 1
 
 @patch
-def save(self:_Run, path: str | os.PathLike | None):
-    "Write the whole state, atomically."
-    if path is None: return
-    state = dict(settings=self.settings, net=self.net.state_dict(), optimizer=self.optimizer.state_dict(), average=self.average,
-                 done=self.done, losses=self.losses)
-    with atomic_path(path) as tmp: torch.save(state, tmp)
+def save(self: _Run, store: Store | None):
+    "Keep the whole state; None = nowhere."
+    if store is None:
+        return
+    state = dict(net=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
+                 average=self.average, done=self.done, losses=self.losses)
+    store.write(state)
 
 @patch
-def load(self:_Run, path: str | os.PathLike | None):
-    "Go on from a checkpoint; without one, write the first, so that an interrupted network is never mistaken for a fresh one."
-    if path is None or not Path(path).exists(): return self.save(path)
-    state = torch.load(path, weights_only=True, map_location='cpu')
-    if differ := [k for k in self.settings if state.get('settings', {}).get(k) != self.settings[k]]:
-        raise ValueError(f'{path} belongs to a training with another {", ".join(differ)}: '
-                         'give the same settings, delete it, or name another file.')
-    self.net.load_state_dict(state['net']); self.optimizer.load_state_dict(state['optimizer'])
+def load(self: _Run, store: Store | None):
+    "Resume; where nothing is kept yet, keep the start, as an interrupted network is no fresh one."
+    state = store and store.read()
+    if state is None:
+        self.save(store)
+        return
+    self.net.load_state_dict(state['net'])
+    self.optimizer.load_state_dict(state['optimizer'])
     self.average = {k: v.to(self.device) for k, v in state['average'].items()}
-    self.done, self.losses = state['done'], state['losses']
+    self.done = state['done']
+    self.losses = state['losses']
 
 # %% ../nbs/13_training.ipynb #85f813d5
 @dataclass(frozen=True)
@@ -165,12 +167,14 @@ def train(
     path, prediction = path or path_of(net), prediction or getattr(net, 'prediction', 'velocity')
     settings = dict(prediction=prediction, samples=samples, batch_size=batch_size, lr=lr, warmup=warmup, ema_decay=ema_decay, seed=seed)
     _check(net, images, labels, settings, save_every, stop_after)
-    run = _Run(net.train(), images, labels, path, settings); run.load(checkpoint)
+    run = _Run(net.train(), images, labels, path, settings)
+    store = None if checkpoint is None else Store(checkpoint, run.identity, 'training')
+    run.load(store)
     end = min(run.steps, run.done + (stop_after or run.steps))
     with torch.random.fork_rng([run.device] if run.device.type == 'cuda' else []), \
          tqdm(total=run.steps, initial=run.done, desc='training', unit='step', mininterval=20, disable=not progress) as bar:
         while run.done < end:
             run.step(); bar.update()
             if run.done % save_every == 0 or run.done == end:
-                run.save(checkpoint); bar.set_postfix(loss=sum(run.losses[-500:]) / len(run.losses[-500:]), refresh=False)
+                run.save(store); bar.set_postfix(loss=sum(run.losses[-500:]) / len(run.losses[-500:]), refresh=False)
     return TrainResult(run.average, run.losses, run.steps)

@@ -8,6 +8,7 @@ from neuralsolver.fields import Field, GaussianMixture
 from neuralsolver.models import ARCHITECTURES, SIZES, DiT, SiT, load_card, load_weights
 from neuralsolver.paths import PREDICTIONS, LinearPath, VPPath
 from neuralsolver.solvers import adam2, sample
+from neuralsolver.store import read_card
 from neuralsolver.training import regression_loss, regression_target, train
 from neuralsolver.utils import data_file
 from test_data import papermill, small_dataset # noqa: F401, the fixture
@@ -87,10 +88,10 @@ def test_pieces_and_interruptions_change_no_bit(tmp_path, garments):
     piece = train(tiny(), *garments, checkpoint=tmp_path / 'a.ckpt', stop_after=5, **SHORT)
     assert piece.losses == whole.losses[:5] and not piece.finished
     assert same(train(tiny(), *garments, checkpoint=tmp_path / 'a.ckpt', **SHORT), whole)
-    for at in (1, 7): # before the first and after a later checkpoint; the interrupted network itself goes on
+    for at in (1, 7): # before the first and after a later checkpoint; the interrupted network itself resumes
         net = tiny(); net.__class__ = Interrupted; net.at = at
         with pytest.raises(KeyboardInterrupt): train(net, *garments, checkpoint=tmp_path / f'{at}.ckpt', **SHORT)
-        assert torch.load(tmp_path / f'{at}.ckpt', weights_only=True)['done'] == (0 if at == 1 else 4)
+        assert read_card(tmp_path / f'{at}.ckpt')[1]['done'] == (0 if at == 1 else 4)
         assert same(train(net, *garments, checkpoint=tmp_path / f'{at}.ckpt', **SHORT), whole)
     assert not [p for p in tmp_path.iterdir() if p.suffix != '.ckpt' or p.name.startswith('.')]
 
@@ -117,12 +118,12 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, garments):
     def again(net=None, images=garments[0], path=LinearPath(), **kw):
         train(net or tiny(), images, garments[1], path, checkpoint=tmp_path / 'a.ckpt', **SHORT | kw)
     for key, value in dict(samples=320, batch_size=8, lr=1e-3, warmup=2, ema_decay=.9, seed=1, prediction='data').items():
-        with pytest.raises(ValueError, match=f'another {key}:'): again(**{key: value})
-    with pytest.raises(ValueError, match='another path:'): again(path=VPPath())
-    with pytest.raises(ValueError, match='another config:'): again(tiny(dropout=.2))
-    with pytest.raises(ValueError, match='another sha256:'): again(images=garments[0].flip(3))
+        with pytest.raises(ValueError, match=rf'another training \({key}: '): again(**{key: value})
+    with pytest.raises(ValueError, match=r'\(path: '): again(path=VPPath())
+    with pytest.raises(ValueError, match=r'\(config: another\)'): again(tiny(dropout=.2))
+    with pytest.raises(ValueError, match=r'\(sha256: another\)'): again(images=garments[0].flip(3))
     torch.save({'net': {}}, tmp_path / 'b.ckpt')
-    with pytest.raises(ValueError, match='another'): train(tiny(), *garments, checkpoint=tmp_path / 'b.ckpt', **SHORT)
+    with pytest.raises(ValueError, match='older version: delete it'): train(tiny(), *garments, checkpoint=tmp_path / 'b.ckpt', **SHORT)
     assert (tmp_path / 'a.ckpt').read_bytes() == before
 
 def test_a_diverging_training_stops(garments):
