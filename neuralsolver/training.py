@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from tqdm import tqdm
 from .data import to_float
 from .fields import path_of
-from .paths import NETWORK_TIMES, NoisePath, PREDICTIONS
+from .paths import LinearPath, NETWORK_TIMES, NoisePath, PREDICTIONS
 from .store import Store
 from .utils import check_choice, check_float, check_int
 
