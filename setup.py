@@ -24,9 +24,9 @@ setup(
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'diffusers')},
-    entry_points={'papermill.engine': ['neuralsolver = neuralsolver.papermill_engine:NeuralSolverEngine']},
+    entry_points={'papermill.engine': ['neuralsolver = neuralsolver.tools.papermill_engine:NeuralSolverEngine']},
     # data/ travels in the wheel as neuralsolver/assets; in a clone neuralsolver.utils.data_root() finds data/ itself
-    packages=['neuralsolver', 'neuralsolver.assets'],
+    packages=['neuralsolver', 'neuralsolver.tools', 'neuralsolver.assets'],
     package_dir={'neuralsolver': 'neuralsolver', 'neuralsolver.assets': 'data'},
     package_data={'neuralsolver.assets': [f'**/*.{ext}' for ext in ('json', 'safetensors', 'npz', 'csv', 'md')]},
     exclude_package_data={'neuralsolver.assets': ['golden/**']},

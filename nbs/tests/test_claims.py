@@ -127,4 +127,4 @@ def test_small_run(tmp_path):
     nodes = pd.read_csv(tmp_path / 'claims_nodes.csv'); mine = nodes[(nodes.solver == 'sit-xl-2') & (nodes.steps == 10)].time; assert np.allclose(mine, [.0279, .0758, .1404, .2063, .3108, .4174, .5529, .7151, .9093], atol=2e-4) # paper.md 3
     paired = pd.read_csv(tmp_path / 'claims_paired.csv'); assert len(paired[paired.id == '5h']) == len(paired[paired.id == '5e']) == 8 and (paired.ratio[paired.id == '5h'] - 1).abs().max() < .5; own = paired[paired.id == '4a']; assert np.allclose(own.ratio, own.rmse / own[['rmse_baseline_adam2', 'rmse_baseline_adam4']].min(axis=1), rtol=1e-4) and set(own.used_on) == {'fashion-mixture', 'sit-tiny'}
     assert set(json.loads((tmp_path / 'claims.json').read_text())['parameters']) >= set(small) - {'reports_dir'}
-    for figure in ('x_dependence', 'bound', 'transfer', 'noise', 'nodes'): assert (tmp_path / f'claims_{figure}.png').stat().st_size > 5000 and (tmp_path / f'claims_{figure}.svg').exists()
+    for figure in ('x_dependence', 'bound', 'transfer', 'noise', 'nodes'): assert (tmp_path / f'claims_{figure}.png').stat().st_size > 5000

@@ -68,17 +68,17 @@ def papermill(notebook, output, **parameters):
     from pathlib import Path
     options = [word for key, value in parameters.items() for word in ('-p', key, str(value))]
     source = Path(__file__).resolve().parent.parent / notebook
-    subprocess.run([sys.executable, '-m', 'papermill', str(source), str(output / notebook), *options], check=True, capture_output=True)
+    subprocess.run([sys.executable, '-m', 'papermill', str(source), str(output / source.name), *options], check=True, capture_output=True)
 
 def test_make_data_makes_the_committed_file(tmp_path, small_dataset):
     "Through the notebook; compared by values, as the compressed bytes may depend on zlib."
-    papermill('make_data.ipynb', tmp_path, root=small_dataset, out_dir=tmp_path)
+    papermill('studies/make_data.ipynb', tmp_path, root=small_dataset, out_dir=tmp_path)
     with np.load(tmp_path / 'fashion_mixture.npz') as made, np.load(data_file('fashion_mixture.npz')) as committed:
         assert all((made[key] == committed[key]).all() for key in ('images', 'labels'))
 
 def test_train_classifier_makes_files_that_the_metrics_accept(tmp_path, small_dataset):
     from neuralsolver.metrics import compute_metrics, extractor_name, load_reference, real_test
-    papermill('train_classifier.ipynb', tmp_path, root=small_dataset, out_dir=tmp_path, epochs=1, batch_size=50, validation=4000)
+    papermill('studies/train_classifier.ipynb', tmp_path, root=small_dataset, out_dir=tmp_path, epochs=1, batch_size=50, validation=4000)
     classifier, reference = tmp_path / 'fashion_classifier.safetensors', tmp_path / 'fashion_reference.safetensors'
     assert extractor_name(classifier) != extractor_name()
     metrics = compute_metrics(*real_test(500, classifier, reference), load_reference(classifier, reference))

@@ -5,10 +5,12 @@ import pytest
 from bs4 import BeautifulSoup
 from fastcore.docments import docments
 from PIL import Image
-from neuralsolver.docs import build_site, check_site
+from neuralsolver.tools.docs import build_site, check_site
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = {p.stem: json.loads(p.read_text(encoding='utf-8')) for p in sorted((ROOT / 'nbs').glob('*.ipynb'))}
+NBS = ROOT / 'nbs'
+FILES = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+NOTEBOOKS = {p.relative_to(NBS).as_posix().removesuffix('.ipynb'): json.loads(p.read_text(encoding='utf-8')) for p in FILES}
 MODULES = sorted(p.stem for p in (ROOT / 'neuralsolver').glob('*.py') if not p.stem.startswith('_'))
 CHROMIUM = '/usr/bin/chromium'
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update',
@@ -47,8 +49,8 @@ def test_every_notebook_has_a_page_in_the_navigation(site, soup):
 def test_links_lead_somewhere_and_the_checker_can_fail(site, tmp_path):
     assert check_site(site) == []
     copy = tmp_path / 'copy'; shutil.copytree(site, copy)
-    page = copy / 'nbs/06_neural.html'; text = page.read_text(encoding='utf-8')
-    page.write_text(text.replace('</article>', '<a href="07_nowhere.html">x</a><a href="03_solvers.html#nowhere">y</a><img src="../_images/nowhere.png"></article>', 1), encoding='utf-8')
+    page = copy / 'nbs/method/07_neural.html'; text = page.read_text(encoding='utf-8')
+    page.write_text(text.replace('</article>', '<a href="07_nowhere.html">x</a><a href="04_solvers.html#nowhere">y</a><img src="../../_images/nowhere.png"></article>', 1), encoding='utf-8')
     (copy / 'api/paths.html').unlink()
     found = check_site(copy)
     assert sum('07_nowhere.html' in p and 'no such file' in p for p in found) == 1 and sum('#nowhere' in p and 'no such anchor' in p for p in found) == 1
@@ -101,7 +103,7 @@ def test_solutions_are_folded(soup):
         else: places = soup(html_of(stem)).select('details.solution')
         assert places and all('Solution' in p.summary.get_text() and not p.has_attr('open') for p in places), (stem, cell['id'])
         if cell['cell_type'] == 'code': assert lines[0] in places[0].get_text() and lines[-1] in places[0].get_text()
-    if not solutions: pytest.skip('no cell has the tag solution; 25_docs tests one')
+    if not solutions: pytest.skip('no cell has the tag solution; 05_docs tests one')
 
 SETTINGS = '[DEFAULT]\nlib_name = toy\nlib_path = toy\ntitle = toy\ncopyright = me\ngit_url = https://example.org/me/toy\nbranch = main\n'
 
@@ -201,12 +203,12 @@ def test_every_page_in_a_browser(site, browser):
 
 def test_the_browser_test_can_fail(site, browser, tmp_path):
     "A page with one of each fault: text left raw, a picture, a script's error, a request, two formulas that are wrong."
-    copy = tmp_path / 'copy'; shutil.copytree(site, copy); page = copy / 'nbs/06_neural.html'
+    copy = tmp_path / 'copy'; shutil.copytree(site, copy); page = copy / 'nbs/method/07_neural.html'
     faults = (r'<p>left $\frac12$ alone</p><img src="none.png"><script>console.error("oh")</script><script src="https://example.org/x.js"></script>'
               r'<span class="math">\(a^b^c\)</span><span class="math">\(\undefinedmacro\)</span>')
     page.write_text(page.read_text(encoding='utf-8').replace('</article>', faults + '</article>', 1), encoding='utf-8')
-    seen = visit(browser, copy, ['nbs/06_neural.html'])['nbs/06_neural.html']
-    assert len(seen['raw']) == 1 and len(seen['images']) == 1 and len(set(seen['errors'])) == 2 and seen['formulas'] == 2 + formulas_of(NOTEBOOKS['06_neural'])
+    seen = visit(browser, copy, ['nbs/method/07_neural.html'])['nbs/method/07_neural.html']
+    assert len(seen['raw']) == 1 and len(seen['images']) == 1 and len(set(seen['errors'])) == 2 and seen['formulas'] == 2 + formulas_of(NOTEBOOKS['method/07_neural'])
     for kind in ('console: oh', 'failed: file:', 'outside: https://example.org/x.js'): assert any(w.startswith(kind) for w in seen['wrong']), (kind, seen['wrong'])
 
 def test_search_and_fold_work_in_a_browser(site, browser):

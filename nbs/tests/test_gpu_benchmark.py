@@ -3,10 +3,10 @@ import json, os, shutil, subprocess, sys
 from pathlib import Path
 import matplotlib.pyplot, pandas as pd, pytest, torch
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / 'gpu_benchmark.ipynb'
+NOTEBOOK = Path(__file__).resolve().parent.parent / 'studies/gpu_benchmark.ipynb'
 SMALL = dict(device='cpu', size='tiny', input_size=8, batch_size=2, steps=5, rounds=1, dtype='float32', modes='eager,cuda-graphs')
 COLUMNS = ['model', 'mode', 'variant', 'round', 'seconds', 'images', 'network_calls', 'gflops_per_call', 'first_call_seconds', 'difference', 'peak_gib', 'skipped']
-FILES = [f'gpu_benchmark.{s}' for s in ('csv', 'json', 'md', 'png', 'svg')]
+FILES = [f'gpu_benchmark.{s}' for s in ('csv', 'json', 'md', 'png')]
 
 def in_process(stop=None, **parameters):
     "Run the code cells here, or those before the one with the text `stop`; returns their names."

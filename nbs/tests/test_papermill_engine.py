@@ -96,7 +96,7 @@ except ValueError as e: print(e)
 print(sys.argv[1:], [m for m in ('torch', 'numpy', 'neuralsolver.utils') if m in sys.modules])
 """
 
-@pytest.mark.parametrize('first', ['', 'import neuralsolver.papermill_engine'])
+@pytest.mark.parametrize('first', ['', 'import neuralsolver.tools.papermill_engine'])
 def test_api_checks_too_and_loads_light(repo, first):
     "In either import order; the command line of a program that is not papermill is its own."
     run = subprocess.run([sys.executable, '-c', API.format(first=first), 'nbs/ours.ipynb', '--p'], cwd=repo, capture_output=True, text=True)

@@ -67,7 +67,7 @@ def test_start_writes_a_table_that_is_true(tmp_path):
         assert np.abs(f['searched_ends'] - states[-1]).max() < 1e-4 and np.abs(f['searched_paths'] - states[:, :16, 0]).max() < 1e-4
     gain = re.search(r'(\d+\.\d) times nearer to the teacher than Euler', json.dumps(out))[1]
     assert float(gain) == pytest.approx(rows.rmse_teacher['euler', 3] / rows.rmse_teacher['searched', 3], abs=.06)
-    assert {p.name for p in tmp_path.glob('start*')} == {'start.ipynb', 'start_out.ipynb', 'start.csv', 'start.json', 'start.png', 'start.svg', 'start_samples.npz', 'start_solver.json'}
+    assert {p.name for p in tmp_path.glob('start*')} == {'start.ipynb', 'start_out.ipynb', 'start.csv', 'start.json', 'start.png', 'start_samples.npz', 'start_solver.json'}
 
 def test_start_shows_the_interface_that_is_there():
     "The code in its prose is run as it stands, on fewer noises and iterations."

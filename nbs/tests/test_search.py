@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest, torch
 from neuralsolver.exponential import dpm_solver_pp
 from neuralsolver.fields import GaussianMixture
-from neuralsolver import search_runs, solver_search
+from neuralsolver.tools import search_runs, solver_search
 from neuralsolver.closed_form import fit_rows, gits
 from neuralsolver.neural import get_solver, NeuralSolver
 from neuralsolver.paths import LinearPath, VPPath
-from neuralsolver.search_runs import GROUPS, run_search, Scorer, Search
+from neuralsolver.tools.search_runs import GROUPS, run_search, Scorer, Search
 from neuralsolver.solver_search import FITTED_MARGIN, heldout_rmse, METHODS, PUBLISHED, race_grids, Recipe, search, start_candidates
 from neuralsolver.solvers import adams_bashforth, euler, sample, Solver
 from neuralsolver.teachers import teacher_solver, teacher_trajectories

@@ -5,6 +5,7 @@ import matplotlib.pyplot, pandas as pd, pytest, torch
 from neuralsolver.neural import load_solver
 from neuralsolver.solver_search import _Run
 from neuralsolver.solvers import adam2, euler
+from neuralsolver.tools.search_runs import read_records, write_records
 
 NBS = Path(__file__).resolve().parent.parent
 SMALL = dict(model='fashion-mixture', steps=3, options='iterations=6, batch_size=4, eval_every=2, race=0', teacher_steps=10, samples=12, heldout=4)
@@ -57,7 +58,7 @@ def test_search_writes_its_files_and_finds_them_again(tmp_path, monkeypatch):
     words = shlex.split(p['command']); given = {words[i + 1]: words[i + 2] for i, w in enumerate(words) if w == '-p'} # the command says what was given, and gives it again
     assert words[:2] == ['papermill', 'nbs/search.ipynb'] and given == dict(model='fashion-mixture', steps='3', method='ours', samples='12', heldout='4', guidance='1.0', teacher_steps='10', seed='0', options=SMALL['options'], device='cpu')
 
-    text, done = (out / f'{name}.json').read_bytes(), count_steps(monkeypatch); monkeypatch.setattr('neuralsolver.search_runs.load_model', None) # not callable: nothing is computed
+    text, done = (out / f'{name}.json').read_bytes(), count_steps(monkeypatch); monkeypatch.setattr('neuralsolver.tools.search_runs.load_model', None) # not callable: nothing is computed
     (out / f'{name}_history.csv').unlink(); in_process('search', reports_dir=str(tmp_path), **SMALL)
     assert pd.read_csv(out / f'{name}_history.csv', index_col=0).equals(history) and (out / f'{name}.json').read_bytes() == text and not done
     for change, differ in ((dict(options=SMALL['options'] + ', lr=.01'), 'recipe'), (dict(samples=13), 'samples'), (dict(guidance=2.), 'guidance'), (dict(method='paper', label='ours'), 'method, recipe'), (dict(steps='2,3', heldout=5), 'heldout')):
@@ -110,13 +111,13 @@ def test_a_bad_value_ends_papermill_with_an_error(tmp_path):
     (dict(method='least-squares', options='start=heun'), 'one a step'), (dict(options='batch_size=41'), 'batch_size=41'), (dict(options='', samples=31), 'batch_size=32'),
     (dict(seed=-1), 'seed=-1'), (dict(heldout=0), 'heldout=0'), (dict(samples=0), 'samples=0'), (dict(teacher_steps=0), 'teacher_steps=0'), (dict(steps='3,12'), 'teacher_steps=10'), (dict(guidance=-1.), 'guidance=-1.0'), (dict(options='lr=-.01'), 'lr=-0.01')])
 def test_search_refuses_bad_values_before_it_writes(tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr('neuralsolver.search_runs.load_model', None) # not callable: nothing is computed
+    monkeypatch.setattr('neuralsolver.tools.search_runs.load_model', None) # not callable: nothing is computed
     with pytest.raises(ValueError, match=message): in_process('search', reports_dir=str(tmp_path), **SMALL | dict(samples=40) | change)
     assert not (tmp_path / 'search').exists()
 
 def test_benchmark_writes_its_files(tmp_path):
     small = dict(model='fashion-mixture', steps=2, batch_size=4, repeats=3, solvers='euler,rk4', imports=1, latents='1,4,8,8', samples=8)
-    in_process('benchmark', reports_dir=str(tmp_path), **small)
+    in_process('studies/benchmark', reports_dir=str(tmp_path), **small)
     times, protocol = pd.read_csv(tmp_path / 'benchmark.csv'), json.loads((tmp_path / 'benchmark.json').read_text())
     assert times.groupby('group')['variant'].nunique().to_dict() == {'sample': 4, 'guidance': 2, 'import': 3, 'evaluation': 2, 'flow scheduler': 4, 'VP scheduler': 4}
     assert len(times) == 3 * (4 + 2 + 4 + 4) + 3 * 2 + 3 and (times['seconds'] > 0).all()
@@ -127,26 +128,32 @@ def test_benchmark_writes_its_files(tmp_path):
     assert (tmp_path / 'benchmark.png').stat().st_size > 1000
     bad = ((dict(solvers='dit-xl-2', steps=8), 'belongs to VPPath'), (dict(repeats=2), 'repeats=2'), (dict(guidance=1), 'guidance=1'), (dict(latents='8x8'), 'latents='), (dict(samples=4), 'samples=4'))
     for change, message in bad:
-        with pytest.raises(ValueError, match=message): in_process('benchmark', reports_dir=str(tmp_path / 'bad'), **change)
+        with pytest.raises(ValueError, match=message): in_process('studies/benchmark', reports_dir=str(tmp_path / 'bad'), **change)
     assert not (tmp_path / 'bad').exists()
 
 def test_search_study_runs_and_is_found_again(tmp_path):
     "A tiny study; what has a file is not run again, and a missing one is left out or made, as asked."
     tiny = dict(models='fashion-mixture', mixture_steps='4', mixture_seeds='0', paper_samples=40, paper_iterations=4, scale=.02, mixture_test_samples=16, test_samples=16, reports_dir=str(tmp_path))
-    in_process('search_study', **tiny); out = tmp_path / 'search_study'; first = {p.name: p.read_bytes() for p in out.glob('*.csv')}
+    in_process('studies/search_study', **tiny); out = tmp_path / 'search_study'; first = {p.name: p.read_bytes() for p in out.glob('*.csv')}
     table = pd.read_csv(out / 'table.csv'); runs = table[table.label.isin(['paper', 'ours', 'ours-short'])].set_index(['steps', 'label'])
     assert {(4, 'paper'), (4, 'ours'), (4, 'ours-short'), (2, 'ours'), (3, 'ours')} == set(runs.index) and {'euler', 'ab2', 'teacher', 'least-squares', 'dynamic-programming'} <= set(table.label)
     assert table[table.label == 'teacher'].rmse.item() < 1e-5 and (table[table.label != 'teacher'].rmse > .01).all()
     row = runs.loc[(4, 'paper')]; assert (row.calls_teacher, row.calls_forward, row.work) == (296 * 100, 4 * 32 * 4, row.calls + 2 * row.calls_backward)
     cheaper = pd.read_csv(out / 'cheaper.csv').iloc[0]; assert cheaper.ours_ratio == pytest.approx(runs.rmse[4, 'ours'] / row.rmse, rel=1e-4)
     assert cheaper.ours_calls == pytest.approx(runs.calls[4, 'ours'] / (40 * 100 + row.calls_forward), rel=1e-4) # held-out evaluations counted for ours only
-    dropped = out / 'runs' / 'fashion-mixture-3_ours_s0.json'; kept = dropped.read_bytes(); dropped.unlink()
-    in_process('search_study', **tiny, missing='skip'); assert not dropped.exists() and json.loads((out / 'study.json').read_text())['left_out'] == ['fashion-mixture-3_ours_s0']
-    in_process('search_study', **tiny); again = {p.name: p.read_bytes() for p in out.glob('*.csv')}
+    dropped, table_file = out / 'runs' / 'fashion-mixture-3_ours_s0.json', out / 'runs.jsonl'
+    kept, records = dropped.read_bytes(), read_records(table_file)
+    assert records[dropped.stem] == json.loads(kept)
+    assert len(records) == len(list((out / 'runs').glob('*.json')))
+    dropped.unlink()
+    del records[dropped.stem]
+    write_records(table_file, records)
+    in_process('studies/search_study', **tiny, missing='skip'); assert not dropped.exists() and json.loads((out / 'study.json').read_text())['left_out'] == ['fashion-mixture-3_ours_s0']
+    in_process('studies/search_study', **tiny); again = {p.name: p.read_bytes() for p in out.glob('*.csv')}
     same = lambda text: [{k: v for k, v in r.items() if k != 'seconds'} for r in pd.read_csv(text).astype(str).to_dict('records')]
     assert json.loads(dropped.read_text())['digest'] == json.loads(kept)['digest'] and same(out / 'table.csv') == [{k: v for k, v in r.items() if k != 'seconds'} for r in table.astype(str).to_dict('records')] and first.keys() == again.keys()
 
 @pytest.mark.parametrize('change, message', [(dict(models='sit-xxl'), 'sit-xxl'), (dict(mixture_steps='1'), 'mixture_steps='), (dict(missing='no'), "missing='no'"), (dict(network_steps='5;8'), 'network_steps='), (dict(mixture_test_samples=100), 'mixture_test_samples=100'), (dict(scale=0), 'scale=0')])
 def test_bad_values_of_the_study_are_refused_before_any_run(tmp_path, change, message):
-    with pytest.raises(ValueError, match=message): in_process('search_study', reports_dir=str(tmp_path), **change)
+    with pytest.raises(ValueError, match=message): in_process('studies/search_study', reports_dir=str(tmp_path), **change)
     assert not (tmp_path / 'search_study').exists()

@@ -181,7 +181,7 @@ def test_scores_are_of_the_samples_named(inception, tmp_path, monkeypatch):
     import neuralsolver.zero_shot as module
     seen = []; monkeypatch.setattr(module, 'image_scores', lambda files, *args, **kwargs: seen.append(len(files)) or {'FID': 1.})
     small = dict(table='coco', prompts='a; b; c', solvers='dit-xl-2', steps='5', per_prompt=1, reference=str(tmp_path), weights=str(inception[0]), reports_dir=str(tmp_path))
-    in_process('text_to_image', **small); in_process('text_to_image', **small | dict(limit=2)); assert seen == [3, 2]
+    in_process('studies/text_to_image', **small); in_process('studies/text_to_image', **small | dict(limit=2)); assert seen == [3, 2]
 
 def test_devices_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match='device='): load_pipeline('random-dit', device='gpu')
@@ -324,20 +324,20 @@ def test_zero_shot_refuses_before_it_writes(tmp_path, change, message):
 def test_text_to_image_renders_then_reads_scores(tmp_path):
     (tmp_path / 'prompts.jsonl').write_text('{"tag": "position", "prompt": "a"}\n{"tag": "colors", "prompt": "b"}\n')
     small = dict(prompts=str(tmp_path / 'prompts.jsonl'), solvers='dit-xl-2', steps='5', per_prompt=2, reports_dir=str(tmp_path), run='try')
-    in_process('text_to_image', **small)
+    in_process('studies/text_to_image', **small)
     out = tmp_path / 'text_to_image/try/geneval-dit-xl-2-5'; assert len(list(out.rglob('*.png'))) == 4
     assert json.loads((out / '00001/metadata.jsonl').read_text())['tag'] == 'colors'
     (out / 'results.jsonl').write_text('{"tag": "position", "correct": true}\n{"tag": "position", "correct": false}\n{"tag": "colors", "correct": true}\n')
-    in_process('text_to_image', **small)
+    in_process('studies/text_to_image', **small)
     scores = pd.read_csv(tmp_path / 'text_to_image_geneval_try.csv').set_index('metric')
     assert scores.measured['Pos'] == 50 and scores.measured['Overall'] == .75 and scores.reported.isna().all() # random weights: nothing to set beside the paper
     for change, message in ((dict(table='table 4'), 'table='), (dict(reference='nowhere'), 'reference='), (dict(solvers='sit-xl-2'), 'belongs to')):
-        with pytest.raises(ValueError, match=message): in_process('text_to_image', **small | change)
+        with pytest.raises(ValueError, match=message): in_process('studies/text_to_image', **small | change)
 
 def test_text_to_image_scores_coco(tmp_path, inception):
     rng = np.random.default_rng(0); real = folder_of(tmp_path / 'real', [rng.integers(0, 255, (40, 50, 3), dtype=np.uint8) for _ in range(10)])
     (tmp_path / 'c.json').write_text(json.dumps(dict(annotations=[dict(id=i, image_id=100 - i, caption=f'picture {i}') for i in range(10)])))
-    in_process('text_to_image', table='coco', prompts=str(tmp_path / 'c.json'), solvers='dit-xl-2', steps='5', per_prompt=1, reference=str(real),
+    in_process('studies/text_to_image', table='coco', prompts=str(tmp_path / 'c.json'), solvers='dit-xl-2', steps='5', per_prompt=1, reference=str(real),
                weights=str(inception[0]), reports_dir=str(tmp_path))
     scores = pd.read_csv(tmp_path / 'text_to_image_coco_random-pixart-sigma.csv').set_index('metric')
     assert set(scores.index) == {'FID', 'sFID', 'IS', 'PR', 'Recall'} and scores.measured['FID'] > 0
@@ -345,14 +345,14 @@ def test_text_to_image_scores_coco(tmp_path, inception):
 def test_pipeline_search_makes_a_scheduler_that_loads(tmp_path, monkeypatch):
     small = SMALL | dict(steps='3,5', options='iterations=4, batch_size=4, eval_every=2', samples=8, heldout=4, teacher_steps=10, gradient_checkpointing=1, reports_dir=str(tmp_path))
     pushed = []; monkeypatch.setattr(FlowNeuralSolverScheduler, 'push_to_hub', lambda self, repo, **kw: pushed.append((repo, self.solver_for(3).digest)))
-    in_process('pipeline_search', **small, push_to_hub='me/solver')
+    in_process('studies/pipeline_search', **small, push_to_hub='me/solver')
     out = tmp_path / 'pipeline_search/sit-tiny'; loaded = FlowNeuralSolverScheduler.from_pretrained(out / 'scheduler')
     found = {n: ns.load_solver(out / f'sit-tiny-{n}.json') for n in (3, 5)}
     assert {n: loaded.solver_for(n).digest for n in found} == {n: s.digest for n, s in found.items()} and pushed == [('me/solver', found[3].digest)]
-    assert found[5].provenance['command'].startswith("papermill nbs/pipeline_search.ipynb -p pipeline sit-tiny -p prompts 'Sneaker; Bag' -p steps 5 -p method ours -p options 'iterations=4, batch_size=4, eval_every=2'")
+    assert found[5].provenance['command'].startswith("papermill nbs/studies/pipeline_search.ipynb -p pipeline sit-tiny -p prompts 'Sneaker; Bag' -p steps 5 -p method ours -p options 'iterations=4, batch_size=4, eval_every=2'")
     assert all((found[n].provenance['iterations'], found[n].provenance['method']) == (4, 'ours') for n in found)
     table = pd.read_csv(tmp_path / 'pipeline_search/pipeline_search_sit-tiny.csv', index_col=0); card = json.loads((tmp_path / 'pipeline_search/pipeline_search_sit-tiny.json').read_text())
     assert (card['network'], card['method'], card['options']) == ('TinyTransformer', 'ours', small['options']) and card['solvers'] == {str(n): s.digest for n, s in found.items()}
     assert (table.searched <= table.euler + 1e-9).all() and np.isnan(table['sit-xl-2'][3]) and table['sit-xl-2'][5] > 0
     for change, message in ((dict(steps='5;6'), 'steps='), (dict(options='start=dit-xl-2, batch_size=4', steps='5'), 'coordinates on'), (dict(method='lion'), "method='lion'"), (dict(options=''), 'batch_size=32'), (dict(teacher_steps=4), 'teacher_steps=4'), (dict(gradient_checkpointing=2), 'gradient_checkpointing=')):
-        with pytest.raises(ValueError, match=message): in_process('pipeline_search', **small | dict(reports_dir=str(tmp_path / 'bad')) | change)
+        with pytest.raises(ValueError, match=message): in_process('studies/pipeline_search', **small | dict(reports_dir=str(tmp_path / 'bad')) | change)
