@@ -1,4 +1,5 @@
 "Everything but the wheel's layout comes from settings.ini (nbdev's configuration)."
+
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import setup
@@ -24,11 +25,19 @@ setup(
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'diffusers')},
-    entry_points={'papermill.engine': ['neuralsolver = neuralsolver.tools.papermill_engine:NeuralSolverEngine']},
+    entry_points={
+        'papermill.engine': [
+            'neuralsolver = neuralsolver.tools.papermill_engine:NeuralSolverEngine'
+        ]
+    },
     # data/ travels in the wheel as neuralsolver/assets; in a clone neuralsolver.utils.data_root() finds data/ itself
     packages=['neuralsolver', 'neuralsolver.tools', 'neuralsolver.assets'],
     package_dir={'neuralsolver': 'neuralsolver', 'neuralsolver.assets': 'data'},
-    package_data={'neuralsolver.assets': [f'**/*.{ext}' for ext in ('json', 'safetensors', 'npz', 'csv', 'md')]},
+    package_data={
+        'neuralsolver.assets': [
+            f'**/*.{ext}' for ext in ('json', 'safetensors', 'npz', 'csv', 'md')
+        ]
+    },
     exclude_package_data={'neuralsolver.assets': ['golden/**']},
     include_package_data=False,
     zip_safe=False,

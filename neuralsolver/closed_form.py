@@ -18,124 +18,260 @@ from .utils import check_choice, check_float, check_int
 
 # %% ../nbs/method/09_closed_form.ipynb #81cf50d8
 def ridge_solve(
-    gram: Tensor, # D D^T, float64 [q, q]
-    moment: Tensor, # D r, float64 [q]
-    ridge: float, # lambda >= 0, in units of the squared length of each row of D
-) -> Tensor: # weights [q]; 0 where a row of D is 0
+    gram: Tensor,  # D D^T, float64 [q, q]
+    moment: Tensor,  # D r, float64 [q]
+    ridge: float,  # lambda >= 0, in units of the squared length of each row of D
+) -> Tensor:  # weights [q]; 0 where a row of D is 0
     "Ridge regression from its normal equations; lambda = 0 takes the shortest solution if there are several."
-    length = gram.diagonal().sqrt(); length = torch.where(length > 0, length, 1)
+    length = gram.diagonal().sqrt()
+    length = torch.where(length > 0, length, 1)
     matrix = gram / length / length[:, None] + ridge * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.lstsq(matrix, moment[:, None] / length[:, None], driver='gelsd').solution[:, 0] / length if len(gram) else moment
+    return (
+        torch.linalg.lstsq(matrix, moment[:, None] / length[:, None], driver='gelsd').solution[:, 0]
+        / length
+        if len(gram)
+        else moment
+    )
 
 # %% ../nbs/method/09_closed_form.ipynb #e1232138
 def _members(teacher: Teacher, index) -> Tensor:
     "Members of the pool as integers."
     members = torch.arange(len(teacher))[index].reshape(-1)
-    if not len(members): raise ValueError(f'index chooses none of the {len(teacher)} trajectories of the teacher: choose at least one.')
+    if not len(members):
+        raise ValueError(
+            f'index chooses none of the {len(teacher)} trajectories of the teacher: choose at least one.'
+        )
     return members
+
 
 def _nodes(teacher: Teacher, nodes: Tensor) -> Tensor:
     "Nodes of a student that starts and ends with its teacher."
     nodes, own = torch.as_tensor(nodes, dtype=torch.float64).detach().cpu(), teacher.solver.nodes
-    if nodes.ndim != 1 or len(nodes) < 2 or not (nodes.diff() * (own[-1] - own[0]) > 0).all() or not (nodes[[0, -1]] - own[[0, -1]]).abs().max() <= 1e-9:
-        raise ValueError(f'nodes must be strictly monotone times [N + 1] from {own[0]:g} to {own[-1]:g}, where the teacher starts and ends; got {nodes.tolist()}.')
+    if (
+        nodes.ndim != 1
+        or len(nodes) < 2
+        or not (nodes.diff() * (own[-1] - own[0]) > 0).all()
+        or not (nodes[[0, -1]] - own[[0, -1]]).abs().max() <= 1e-9
+    ):
+        raise ValueError(
+            f'nodes must be strictly monotone times [N + 1] from {own[0]:g} to {own[-1]:g}, where the teacher starts and ends; got {nodes.tolist()}.'
+        )
     return nodes
+
 
 def _columns(history: list[Tensor], x: Tensor, consistent: bool) -> Tensor:
     "What a row may add to Euler's step, float64 [q - 1 (+ 2), elements]; history: predictions, the newest last."
     past, newest = [h.double().flatten() for h in history[:-1]], history[-1].double().flatten()
-    return torch.stack([*(h - newest for h in past), *([] if consistent else [newest, x.double().flatten()])]) if past or not consistent else newest.new_zeros(0, len(newest))
+    return (
+        torch.stack(
+            [*(h - newest for h in past), *([] if consistent else [newest, x.double().flatten()])]
+        )
+        if past or not consistent
+        else newest.new_zeros(0, len(newest))
+    )
 
 # %% ../nbs/method/09_closed_form.ipynb #46344a76
 @torch.no_grad()
 def fit_rows(
-    field: Callable, # the teacher's field; a `Field` is asked for what the teacher's coordinates name, so pass it bare
-    teacher: Teacher, # trajectories to follow
-    nodes: Tensor, # times of the student [N + 1], from the teacher's start to its end
-    index: slice | Tensor = slice(None), # members of the teacher's pool to fit
-    order: int | None = None, # evaluations a row may use, the newest ones; None = all
-    ridge: float = 1e-4, # >= 0, see `ridge_solve`
-    consistent: bool = True, # rows sum to the span; False: rows and gains are free
-    name: str = 'least-squares', # name of the solver
-    batch_size: int = 256, # trajectories evaluated at a time; does not change the result
-) -> Solver: # N evaluations, one a step, in the teacher's coordinates
+    field: Callable,  # the teacher's field; a `Field` is asked for what the teacher's coordinates name, so pass it bare
+    teacher: Teacher,  # trajectories to follow
+    nodes: Tensor,  # times of the student [N + 1], from the teacher's start to its end
+    index: slice | Tensor = slice(None),  # members of the teacher's pool to fit
+    order: int | None = None,  # evaluations a row may use, the newest ones; None = all
+    ridge: float = 1e-4,  # >= 0, see `ridge_solve`
+    consistent: bool = True,  # rows sum to the span; False: rows and gains are free
+    name: str = 'least-squares',  # name of the solver
+    batch_size: int = 256,  # trajectories evaluated at a time; does not change the result
+) -> Solver:  # N evaluations, one a step, in the teacher's coordinates
     "Weights that bring every state of the student nearest to the teacher's, row by row; N evaluations of the field per trajectory."
-    nodes, members, ridge = _nodes(teacher, nodes), _members(teacher, index), check_float('ridge', ridge, 0); N = len(nodes) - 1
-    order, cut = N if order is None else check_int('order', order, 1), torch.arange(len(members)).split(check_int('batch_size', batch_size))
-    frame = replace(teacher.solver, nodes=nodes, weights=torch.diag(COORDINATES[teacher.solver.coordinates].span(teacher.path, nodes[:-1], nodes[1:])), steps=N, gains=None) # Euler
+    nodes, members, ridge = (
+        _nodes(teacher, nodes),
+        _members(teacher, index),
+        check_float('ridge', ridge, 0),
+    )
+    N = len(nodes) - 1
+    order, cut = (
+        N if order is None else check_int('order', order, 1),
+        torch.arange(len(members)).split(check_int('batch_size', batch_size)),
+    )
+    frame = replace(
+        teacher.solver,
+        nodes=nodes,
+        weights=torch.diag(
+            COORDINATES[teacher.solver.coordinates].span(teacher.path, nodes[:-1], nodes[1:])
+        ),
+        steps=N,
+        gains=None,
+    )  # Euler
     field = field_on(field, teacher.path, frame.coordinates)
-    noise, cond = (None if v is None else v[members.to(v.device)] for v in (teacher.noise, teacher.cond))
+    noise, cond = (
+        None if v is None else v[members.to(v.device)] for v in (teacher.noise, teacher.cond)
+    )
     x = noise if noise.dtype == torch.float64 else noise.float()
-    gain, span, times, weights, history, rms = frame.gain.clone(), frame.span, nodes.to(x), torch.zeros(N, N, dtype=torch.float64), [], []
+    gain, span, times, weights, history, rms = (
+        frame.gain.clone(),
+        frame.span,
+        nodes.to(x),
+        torch.zeros(N, N, dtype=torch.float64),
+        [],
+        [],
+    )
     for i in range(N):
-        history = [*history, torch.empty_like(x)][-order:]; q = len(history); size = q - 1 + 2 * (not consistent)
-        gram, moment, square = (torch.zeros(s, dtype=torch.float64) for s in ((size, size), (size,), ()))
+        history = [*history, torch.empty_like(x)][-order:]
+        q = len(history)
+        size = q - 1 + 2 * (not consistent)
+        gram, moment, square = (
+            torch.zeros(s, dtype=torch.float64) for s in ((size, size), (size,), ())
+        )
         for b in cut:
-            history[-1][b] = field(x[b].to(noise.dtype), times[i], *([] if cond is None else [cond[b]])).to(x.dtype).view_as(x[b])
-            rest = (teacher.at(nodes[i + 1:i + 2], members[b])[0].to(x).double() - gain[i].item() * x[b].double() - span[i].item() * history[-1][b].double()).flatten()
+            history[-1][b] = (
+                field(x[b].to(noise.dtype), times[i], *([] if cond is None else [cond[b]]))
+                .to(x.dtype)
+                .view_as(x[b])
+            )
+            rest = (
+                teacher.at(nodes[i + 1 : i + 2], members[b])[0].to(x).double()
+                - gain[i].item() * x[b].double()
+                - span[i].item() * history[-1][b].double()
+            ).flatten()
             D = _columns([h[b] for h in history], x[b], consistent)
-            gram += (D @ D.T).cpu(); moment += (D @ rest).cpu(); square += (rest @ rest).cpu()
-        if not (gram.isfinite().all() and moment.isfinite().all()): raise ValueError(f'the field returned values that are not finite at t = {times[i]:g}: check the field, or leave out the members that cause them.')
-        w = ridge_solve(gram, moment, ridge); rms.append(((square - 2 * w @ moment + w @ gram @ w).clamp(min=0) / x.numel()).sqrt().item())
-        row = torch.cat([w[:q - 1], span[i:i + 1] - w[:q - 1].sum()])
-        if not consistent: row[-1] += w[-2]; gain[i] += w[-1]
-        weights[i, i + 1 - q:i + 1] = row
+            gram += (D @ D.T).cpu()
+            moment += (D @ rest).cpu()
+            square += (rest @ rest).cpu()
+        if not (gram.isfinite().all() and moment.isfinite().all()):
+            raise ValueError(
+                f'the field returned values that are not finite at t = {times[i]:g}: check the field, or leave out the members that cause them.'
+            )
+        w = ridge_solve(gram, moment, ridge)
+        rms.append(
+            ((square - 2 * w @ moment + w @ gram @ w).clamp(min=0) / x.numel()).sqrt().item()
+        )
+        row = torch.cat([w[: q - 1], span[i : i + 1] - w[: q - 1].sum()])
+        if not consistent:
+            row[-1] += w[-2]
+            gain[i] += w[-1]
+        weights[i, i + 1 - q : i + 1] = row
         x = gain[i].item() * x
-        for h, c in zip(history, row.tolist()): x.add_(h, alpha=c)
+        for h, c in zip(history, row.tolist()):
+            x.add_(h, alpha=c)
     free = sum(min(order, i + 1) - 1 + 2 * (not consistent) for i in range(N))
-    return replace(frame, weights=weights, name=name, params=free, gains=None if consistent else gain,
-                   provenance=dict(method='row-wise least squares', teacher=teacher.solver.digest, trajectories=len(members), order=order, ridge=ridge, rmse_of_states=rms))
+    return replace(
+        frame,
+        weights=weights,
+        name=name,
+        params=free,
+        gains=None if consistent else gain,
+        provenance=dict(
+            method='row-wise least squares',
+            teacher=teacher.solver.digest,
+            trajectories=len(members),
+            order=order,
+            ridge=ridge,
+            rmse_of_states=rms,
+        ),
+    )
 
 # %% ../nbs/method/09_closed_form.ipynb #37810ae7
 @torch.no_grad()
 def step_costs(
-    teacher: Teacher, # its L + 1 nodes are the candidates
-    index: slice | Tensor = slice(None), # members of the teacher's pool
-    batch_size: int = 32, # trajectories read at a time
-) -> Tensor: # float64 [L + 1, L + 1]; infinite on and below the diagonal
+    teacher: Teacher,  # its L + 1 nodes are the candidates
+    index: slice | Tensor = slice(None),  # members of the teacher's pool
+    batch_size: int = 32,  # trajectories read at a time
+) -> Tensor:  # float64 [L + 1, L + 1]; infinite on and below the diagonal
     "RMS over elements, mean over trajectories, of what one Euler step from node i misses at node j. No evaluation of the field."
-    own, members = teacher.solver, _members(teacher, index); form, scale, L = COORDINATES[own.coordinates], COORDINATES[own.coordinates].scale(own.path, own.nodes), own.nfe
+    own, members = teacher.solver, _members(teacher, index)
+    form, scale, L = (
+        COORDINATES[own.coordinates],
+        COORDINATES[own.coordinates].scale(own.path, own.nodes),
+        own.nfe,
+    )
     total = torch.zeros(L + 1, L + 1, dtype=torch.float64)
     for b in members.split(check_int('batch_size', batch_size)):
         x, q = teacher.states[:, b].flatten(2), teacher.slopes(b).flatten(2)
         for i in range(L):
-            gain, span = (v.to(x)[:, None, None] for v in (scale[i + 1:] / scale[i], form.span(own.path, own.nodes[i], own.nodes[i + 1:])))
-            total[i, i + 1:] += (gain * x[i] + span * q[i] - x[i + 1:]).square().mean(2).sqrt().double().sum(1).cpu()
+            gain, span = (
+                v.to(x)[:, None, None]
+                for v in (
+                    scale[i + 1 :] / scale[i],
+                    form.span(own.path, own.nodes[i], own.nodes[i + 1 :]),
+                )
+            )
+            total[i, i + 1 :] += (
+                (gain * x[i] + span * q[i] - x[i + 1 :])
+                .square()
+                .mean(2)
+                .sqrt()
+                .double()
+                .sum(1)
+                .cpu()
+            )
     return torch.where(torch.ones_like(total).triu(1) > 0, total / len(members), torch.inf)
 
 # %% ../nbs/method/09_closed_form.ipynb #c55872cf
 def optimal_path(
-    costs: Tensor, # of a jump from node i to node j > i [L + 1, L + 1]
-    steps: int, # number of jumps N, 1 to L
-    weight: float = 1.15, # gamma: each jump weighs this much more than the one before
-) -> Tensor: # indices of the nodes, int64 [N + 1], from 0 to L
+    costs: Tensor,  # of a jump from node i to node j > i [L + 1, L + 1]
+    steps: int,  # number of jumps N, 1 to L
+    weight: float = 1.15,  # gamma: each jump weighs this much more than the one before
+) -> Tensor:  # indices of the nodes, int64 [N + 1], from 0 to L
     "The N jumps of least weighted cost, by dynamic programming (arXiv 2405.11326)."
-    costs = torch.as_tensor(costs, dtype=torch.float64); L = len(costs) - 1
-    if costs.ndim != 2 or L < 1 or costs.shape[1] != L + 1 or not costs[tuple(torch.triu_indices(L + 1, L + 1, 1))].isfinite().all():
-        raise ValueError(f'costs must be a square table [L + 1, L + 1], finite above the diagonal; got {list(costs.shape)}. `step_costs` makes one.')
-    check_int('steps', steps, 1, L); check_float('weight', weight, 1e-6)
-    costs = torch.where(torch.ones_like(costs).triu(1) > 0, costs, torch.inf); rest, jumps = costs[:, L], []
+    costs = torch.as_tensor(costs, dtype=torch.float64)
+    L = len(costs) - 1
+    if (
+        costs.ndim != 2
+        or L < 1
+        or costs.shape[1] != L + 1
+        or not costs[tuple(torch.triu_indices(L + 1, L + 1, 1))].isfinite().all()
+    ):
+        raise ValueError(
+            f'costs must be a square table [L + 1, L + 1], finite above the diagonal; got {list(costs.shape)}. `step_costs` makes one.'
+        )
+    check_int('steps', steps, 1, L)
+    check_float('weight', weight, 1e-6)
+    costs = torch.where(torch.ones_like(costs).triu(1) > 0, costs, torch.inf)
+    rest, jumps = costs[:, L], []
     for _ in range(steps - 1):
-        rest, to = (costs + weight * rest).min(1); jumps.append(to)
+        rest, to = (costs + weight * rest).min(1)
+        jumps.append(to)
     path = [0]
-    for to in reversed(jumps): path.append(to[path[-1]].item())
+    for to in reversed(jumps):
+        path.append(to[path[-1]].item())
     return torch.tensor([*path, L])
 
 # %% ../nbs/method/09_closed_form.ipynb #c4ced7cc
-RULES = {'ipndm': ipndm, 'ipndm-v': ipndm_v, 'dpm-solver++': dpm_solver_pp, 'unipc': unipc} # the first two in velocity coordinates on the linear path, else in noise coordinates; the others in data coordinates
+RULES = {
+    'ipndm': ipndm,
+    'ipndm-v': ipndm_v,
+    'dpm-solver++': dpm_solver_pp,
+    'unipc': unipc,
+}  # the first two in velocity coordinates on the linear path, else in noise coordinates; the others in data coordinates
+
 
 def gits(
-    teacher: Teacher, # its nodes are the candidates
-    steps: int, # steps N = evaluations, 1 to L
-    order: int = 2, # evaluations per step of the rule
-    index: slice | Tensor = slice(None), # members of the teacher's pool
-    weight: float = 1.0, # gamma of `optimal_path`
-    rule: str = 'ipndm', # a key of RULES; the first two only where the teacher starts at pure noise, as on the linear path
+    teacher: Teacher,  # its nodes are the candidates
+    steps: int,  # steps N = evaluations, 1 to L
+    order: int = 2,  # evaluations per step of the rule
+    index: slice | Tensor = slice(None),  # members of the teacher's pool
+    weight: float = 1.0,  # gamma of `optimal_path`
+    rule: str = 'ipndm',  # a key of RULES; the first two only where the teacher starts at pure noise, as on the linear path
 ) -> Solver:
     "A classical rule on the nodes of least cost. No evaluation of the field."
-    noisy = not teacher.path.log_snr(teacher.solver.nodes[0]).isfinite(); check_int('steps', steps, 1, teacher.solver.nfe)
+    noisy = not teacher.path.log_snr(teacher.solver.nodes[0]).isfinite()
+    check_int('steps', steps, 1, teacher.solver.nfe)
     function = RULES[check_choice('rule', rule, list(RULES)[:2] if noisy else RULES)]
-    members = _members(teacher, index); chosen = optimal_path(step_costs(teacher, members), steps, weight)
+    members = _members(teacher, index)
+    chosen = optimal_path(step_costs(teacher, members), steps, weight)
     solver = function(steps, order, teacher.path, teacher.solver.nodes[chosen])
-    return replace(solver, name=f'gits-{rule}-{order}', params=steps - 1, provenance=dict(
-        method='nodes by dynamic programming (arXiv 2405.11326)', rule=rule, order=order, weight=weight, trajectories=len(members), teacher=teacher.solver.digest, nodes_of_teacher=chosen.tolist()))
+    return replace(
+        solver,
+        name=f'gits-{rule}-{order}',
+        params=steps - 1,
+        provenance=dict(
+            method='nodes by dynamic programming (arXiv 2405.11326)',
+            rule=rule,
+            order=order,
+            weight=weight,
+            trajectories=len(members),
+            teacher=teacher.solver.digest,
+            nodes_of_teacher=chosen.tolist(),
+        ),
+    )

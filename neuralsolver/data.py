@@ -14,76 +14,114 @@ from torch import Tensor
 from .utils import check_choice, check_int
 
 # %% ../nbs/method/01_data.ipynb #e31c99b6
-CLASSES = ('T-shirt', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
+CLASSES = (
+    'T-shirt',
+    'Trouser',
+    'Pullover',
+    'Dress',
+    'Coat',
+    'Sandal',
+    'Shirt',
+    'Sneaker',
+    'Bag',
+    'Ankle boot',
+)
+
 
 def read_idx(
-    path: str | os.PathLike, # IDX file of uint8 values, gzipped if the name ends in .gz
-) -> np.ndarray: # uint8, shape as the header says
+    path: str | os.PathLike,  # IDX file of uint8 values, gzipped if the name ends in .gz
+) -> np.ndarray:  # uint8, shape as the header says
     "An IDX file as an array; ValueError if its header and its length disagree."
-    with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as f: raw = f.read()
+    with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as f:
+        raw = f.read()
     offset = 4 + 4 * raw[3] if raw[:3] == b'\0\0\x08' and len(raw) > 3 else 0
     shape = struct.unpack(f'>{raw[3]}I', raw[4:offset]) if 0 < offset <= len(raw) else None
     if shape is None or len(raw) != offset + math.prod(shape):
-        raise ValueError(f'{path} is not a complete IDX file of uint8 values: delete it and fetch it again.')
+        raise ValueError(
+            f'{path} is not a complete IDX file of uint8 values: delete it and fetch it again.'
+        )
     return np.frombuffer(raw, np.uint8, offset=offset).reshape(shape).copy()
 
 # %% ../nbs/method/01_data.ipynb #c088c8cd
 ENV = 'NEURALSOLVER_FASHION_MNIST'
 CACHE = Path.home() / '.cache' / 'neuralsolver'
 
+
 def _folders(root: str | os.PathLike | None) -> list[Path]:
     named = root or os.environ.get(ENV)
-    bases = [Path(named).expanduser()] if named else [Path('/usr/share/datasets/fashion-mnist'), CACHE]
+    bases = (
+        [Path(named).expanduser()] if named else [Path('/usr/share/datasets/fashion-mnist'), CACHE]
+    )
     return [folder for base in bases for folder in (base, base / 'FashionMNIST' / 'raw')]
+
 
 def _find(stem: str, root: str | os.PathLike | None) -> Path:
     folders = _folders(root)
     for path in (folder / f'{stem}{end}' for folder in folders for end in ('', '.gz')):
-        if path.is_file(): return path
+        if path.is_file():
+            return path
     raise FileNotFoundError(
         f'{stem}[.gz] of Fashion-MNIST is in none of: {", ".join(map(str, folders))}. Get it with `apt install dataset-fashion-mnist` '
         f"(Debian, Ubuntu), or with python: import torchvision; torchvision.datasets.FashionMNIST('{CACHE}', download=True). "
-        f'A copy elsewhere is found through root=... or the environment variable {ENV}.')
+        f'A copy elsewhere is found through root=... or the environment variable {ENV}.'
+    )
+
 
 def fashion_mnist(
-    split: str, # 'train' (60,000) or 'test' (10,000)
-    root: str | os.PathLike | None = None, # folder of the IDX files, or a torchvision root; None = look in the usual places
-) -> tuple[Tensor, Tensor]: # images uint8 [N, 1, 28, 28], labels int64 [N]
+    split: str,  # 'train' (60,000) or 'test' (10,000)
+    root: str
+    | os.PathLike
+    | None = None,  # folder of the IDX files, or a torchvision root; None = look in the usual places
+) -> tuple[Tensor, Tensor]:  # images uint8 [N, 1, 28, 28], labels int64 [N]
     "Fashion-MNIST from IDX files; FileNotFoundError says how to get them."
     prefix = {'train': 'train', 'test': 't10k'}[check_choice('split', split, ('train', 'test'))]
     images = read_idx(_find(f'{prefix}-images-idx3-ubyte', root))
     labels = read_idx(_find(f'{prefix}-labels-idx1-ubyte', root))
-    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or not len(labels) or labels.max() >= len(CLASSES):
-        raise ValueError(f'{prefix}-*: images {images.shape} and labels {labels.shape} are not Fashion-MNIST.')
+    if (
+        images.shape[1:] != (28, 28)
+        or labels.shape != images.shape[:1]
+        or not len(labels)
+        or labels.max() >= len(CLASSES)
+    ):
+        raise ValueError(
+            f'{prefix}-*: images {images.shape} and labels {labels.shape} are not Fashion-MNIST.'
+        )
     return torch.from_numpy(images)[:, None], torch.from_numpy(labels.astype(np.int64))
 
 # %% ../nbs/method/01_data.ipynb #aba95656
 def to_float(
-    images: Tensor, # uint8, any shape
-) -> Tensor: # float32 in [-1, 1]
+    images: Tensor,  # uint8, any shape
+) -> Tensor:  # float32 in [-1, 1]
     "Bytes as a model sees them: b / 127.5 - 1."
-    if images.dtype != torch.uint8: raise ValueError(f'images are {images.dtype}: give uint8.')
+    if images.dtype != torch.uint8:
+        raise ValueError(f'images are {images.dtype}: give uint8.')
     return images.float() / 127.5 - 1
 
+
 def to_uint8(
-    x: Tensor, # floating point, any shape; the data range is [-1, 1], values beyond are clipped
-) -> Tensor: # uint8
+    x: Tensor,  # floating point, any shape; the data range is [-1, 1], values beyond are clipped
+) -> Tensor:  # uint8
     "Samples as bytes: floor(clip((x + 1) 127.5 + 0.5, 0, 255)); ValueError on NaN or infinity."
-    if not x.is_floating_point(): raise ValueError(f'x is {x.dtype}: give floating point values in [-1, 1].')
-    if not x.isfinite().all(): raise ValueError('x has values that are not finite: the sampler diverged.')
-    x = x if x.dtype == torch.float64 else x.float() # half precision cannot hold 256 levels apart
+    if not x.is_floating_point():
+        raise ValueError(f'x is {x.dtype}: give floating point values in [-1, 1].')
+    if not x.isfinite().all():
+        raise ValueError('x has values that are not finite: the sampler diverged.')
+    x = x if x.dtype == torch.float64 else x.float()  # half precision cannot hold 256 levels apart
     return ((x + 1) * 127.5 + 0.5).clip(0, 255).to(torch.uint8)
 
 # %% ../nbs/method/01_data.ipynb #2fb7e6a8
 def balanced_indices(
-    labels: Tensor, # int64 [N], classes 0..classes-1
-    per_class: int, # images a class
-    skip: int = 0, # leave out the first `skip` images of every class
-    classes: int = 10, # number of classes
-) -> Tensor: # int64 [per_class * classes]; position i has class i % classes
+    labels: Tensor,  # int64 [N], classes 0..classes-1
+    per_class: int,  # images a class
+    skip: int = 0,  # leave out the first `skip` images of every class
+    classes: int = 10,  # number of classes
+) -> Tensor:  # int64 [per_class * classes]; position i has class i % classes
     "Indices of images skip..skip+per_class-1 of each class, classes interleaved."
-    check_int('per_class', per_class); check_int('skip', skip, 0)
-    found = [(labels == c).nonzero()[skip:skip + per_class, 0] for c in range(classes)]
+    check_int('per_class', per_class)
+    check_int('skip', skip, 0)
+    found = [(labels == c).nonzero()[skip : skip + per_class, 0] for c in range(classes)]
     if min(map(len, found)) < per_class:
-        raise ValueError(f'per_class={per_class} with skip={skip} is not allowed: a class has only {min(map(len, found))} images left.')
+        raise ValueError(
+            f'per_class={per_class} with skip={skip} is not allowed: a class has only {min(map(len, found))} images left.'
+        )
     return torch.stack(found, 1).flatten()

@@ -18,525 +18,913 @@ from .neural import CLASSICAL, EXPONENTIAL, get_solver, list_solvers, load_solve
 from .paths import DDPMPath, LinearPath, NoisePath, ShiftedPath, VPPath
 from .solvers import change_path, COORDINATES, Solver
 from .utils import check_choice, check_float, check_int, import_torchvision
-import_torchvision() # before diffusers does
+
+import_torchvision()  # before diffusers does
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput # diffusers reloads a pipeline by the name SchedulerMixin in this module
-except ImportError as e: raise ImportError('neuralsolver.diffusers needs the diffusers library: pip install "neuralsolver[diffusers]".') from e
+    from diffusers.schedulers.scheduling_utils import (
+        SchedulerMixin,
+        SchedulerOutput,
+    )  # diffusers reloads a pipeline by the name SchedulerMixin in this module
+except ImportError as e:
+    raise ImportError(
+        'neuralsolver.diffusers needs the diffusers library: pip install "neuralsolver[diffusers]".'
+    ) from e
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #03b66fbc
-PREDICTION_TYPES = ('epsilon', 'sample', 'v_prediction', 'flow_prediction') # diffusers' names
+PREDICTION_TYPES = ('epsilon', 'sample', 'v_prediction', 'flow_prediction')  # diffusers' names
+
 
 def convert_output(
-    path: NoisePath, # where the times live
-    x: torch.Tensor, # state [B, ...]
-    t: torch.Tensor, # time of the path, 0-d
-    output: torch.Tensor, # of the network, shaped like x
-    prediction_type: str, # what the network predicts, one of PREDICTION_TYPES
-    target: str, # what is wanted, one of neuralsolver.paths.PREDICTIONS
-) -> torch.Tensor: # shaped like x
+    path: NoisePath,  # where the times live
+    x: torch.Tensor,  # state [B, ...]
+    t: torch.Tensor,  # time of the path, 0-d
+    output: torch.Tensor,  # of the network, shaped like x
+    prediction_type: str,  # what the network predicts, one of PREDICTION_TYPES
+    target: str,  # what is wanted, one of neuralsolver.paths.PREDICTIONS
+) -> torch.Tensor:  # shaped like x
     "A network's output in diffusers' convention as a prediction in ours."
     check_choice('prediction_type', prediction_type, PREDICTION_TYPES)
-    if prediction_type == 'v_prediction': return path.convert(x, t, path.alpha(t) * x - path.sigma(t) * output, 'data', target) # arXiv 2202.00512
-    if prediction_type == 'flow_prediction': output, target = -output, 'flow' if path.coordinates == 'velocity' and target == 'velocity' else target
-    return path.convert(x, t, output, {'epsilon': 'noise', 'sample': 'data', 'flow_prediction': 'flow'}[prediction_type], target)
+    if prediction_type == 'v_prediction':
+        return path.convert(
+            x, t, path.alpha(t) * x - path.sigma(t) * output, 'data', target
+        )  # arXiv 2202.00512
+    if prediction_type == 'flow_prediction':
+        output, target = (
+            -output,
+            'flow' if path.coordinates == 'velocity' and target == 'velocity' else target,
+        )
+    return path.convert(
+        x,
+        t,
+        output,
+        {'epsilon': 'noise', 'sample': 'data', 'flow_prediction': 'flow'}[prediction_type],
+        target,
+    )
+
 
 def output_factors(
-    path: NoisePath, # where the times live
-    t: float, # time of the path
-    prediction_type: str, # one of PREDICTION_TYPES
-    target: str, # one of neuralsolver.paths.PREDICTIONS
-) -> tuple[float, float]: # (p, r): the prediction is p x + r m
+    path: NoisePath,  # where the times live
+    t: float,  # time of the path
+    prediction_type: str,  # one of PREDICTION_TYPES
+    target: str,  # one of neuralsolver.paths.PREDICTIONS
+) -> tuple[float, float]:  # (p, r): the prediction is p x + r m
     "The two numbers of `convert_output`, which is linear."
-    zero, one, t = *torch.tensor([0., 1.], dtype=torch.float64), torch.tensor(t, dtype=torch.float64)
-    return tuple(convert_output(path, x, t, m, prediction_type, target).item() for x, m in ((one, zero), (zero, one)))
+    zero, one, t = (
+        *torch.tensor([0.0, 1.0], dtype=torch.float64),
+        torch.tensor(t, dtype=torch.float64),
+    )
+    return tuple(
+        convert_output(path, x, t, m, prediction_type, target).item()
+        for x, m in ((one, zero), (zero, one))
+    )
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #b9291673
 def _entry(
-    solver, # one item of a scheduler's `solver` argument
-    path: NoisePath, # the path the scheduler integrates on
-    accepts: tuple, # types of the paths whose solvers it can take
-    advice: str, # where other solvers belong
-) -> str | dict: # what stands in the config
+    solver,  # one item of a scheduler's `solver` argument
+    path: NoisePath,  # the path the scheduler integrates on
+    accepts: tuple,  # types of the paths whose solvers it can take
+    advice: str,  # where other solvers belong
+) -> str | dict:  # what stands in the config
     "A solver as it is kept in a scheduler's config; ValueError if it cannot run there."
     if isinstance(solver, str) and not solver.endswith('.json'):
-        tables = list_solvers(); classical = CLASSICAL if path.coordinates == 'velocity' else EXPONENTIAL
-        if solver in tables: solver = (solver, load_solver(solver, tables[solver][0]))
-        elif solver.partition('@')[0] in classical: get_solver(solver, 2, path); return solver # a bad grid is refused here
-        else: check_choice('solver', solver, [*tables, *classical])
-    elif isinstance(solver, Mapping): solver = (dict(solver), Solver.from_dict(dict(solver)))
-    elif isinstance(solver, Solver): solver = (solver.to_dict(), solver)
+        tables = list_solvers()
+        classical = CLASSICAL if path.coordinates == 'velocity' else EXPONENTIAL
+        if solver in tables:
+            solver = (solver, load_solver(solver, tables[solver][0]))
+        elif solver.partition('@')[0] in classical:
+            get_solver(solver, 2, path)
+            return solver  # a bad grid is refused here
+        else:
+            check_choice('solver', solver, [*tables, *classical])
+    elif isinstance(solver, Mapping):
+        solver = (dict(solver), Solver.from_dict(dict(solver)))
+    elif isinstance(solver, Solver):
+        solver = (solver.to_dict(), solver)
     elif isinstance(solver, (str, bytes)) or hasattr(solver, '__fspath__'):
-        solver = load_solver(solver); solver = (solver.to_dict(), solver)
-    else: raise ValueError(f'solver={solver!r} is not allowed: give a name of neuralsolver.list_solvers(), a classical name, a Solver, its JSON file, or a list of these.')
+        solver = load_solver(solver)
+        solver = (solver.to_dict(), solver)
+    else:
+        raise ValueError(
+            f'solver={solver!r} is not allowed: give a name of neuralsolver.list_solvers(), a classical name, a Solver, its JSON file, or a list of these.'
+        )
     kept, table = solver
-    if not isinstance(table.path, accepts): raise ValueError(f'solver {table.name!r} belongs to {table.path}, this scheduler to {path}: {advice}')
+    if not isinstance(table.path, accepts):
+        raise ValueError(
+            f'solver {table.name!r} belongs to {table.path}, this scheduler to {path}: {advice}'
+        )
     return kept
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #bbf74ba3
 def _move(solver: Solver, nodes: torch.Tensor, path: NoisePath) -> Solver:
     "The same coefficients per unit of span, W / span, on other nodes."
-    if not solver.consistent: raise ValueError(f'{solver.name!r} cannot be shifted to other nodes: its gains and row sums are free and belong to its own nodes. Run it as it is, or search a solver for these nodes.')
-    if not (solver.span != 0).all(): raise ValueError(f'{solver.name!r} cannot be shifted to other nodes: it has stages without a step of their own, one evaluation a step is needed.')
+    if not solver.consistent:
+        raise ValueError(
+            f'{solver.name!r} cannot be shifted to other nodes: its gains and row sums are free and belong to its own nodes. Run it as it is, or search a solver for these nodes.'
+        )
+    if not (solver.span != 0).all():
+        raise ValueError(
+            f'{solver.name!r} cannot be shifted to other nodes: it has stages without a step of their own, one evaluation a step is needed.'
+        )
     span = COORDINATES[solver.coordinates].span(path, nodes[:-1], nodes[1:])
-    return replace(solver, nodes=nodes, weights=solver.weights * (span / solver.span)[:, None], path=path)
+    return replace(
+        solver, nodes=nodes, weights=solver.weights * (span / solver.span)[:, None], path=path
+    )
+
 
 def compose_shift(
-    solver: Solver, # velocity coordinates on the linear path, every step of positive length
-    shift: float, # s > 0; 1 changes nothing
-) -> Solver: # the same M on the grid sigma -> s sigma / (1 + (s - 1) sigma)
+    solver: Solver,  # velocity coordinates on the linear path, every step of positive length
+    shift: float,  # s > 0; 1 changes nothing
+) -> Solver:  # the same M on the grid sigma -> s sigma / (1 + (s - 1) sigma)
     "Move a solver's grid by a shift (arXiv 2403.03206); its coefficients per unit of span stay."
     check_float('shift', shift, low=1e-6)
-    if (solver.path, solver.coordinates) != (LinearPath(), 'velocity'): raise ValueError(f'{solver.name!r} cannot be shifted: a solver in velocity coordinates on the linear path is needed.')
+    if (solver.path, solver.coordinates) != (LinearPath(), 'velocity'):
+        raise ValueError(
+            f'{solver.name!r} cannot be shifted: a solver in velocity coordinates on the linear path is needed.'
+        )
     return _move(solver, ShiftedPath(shift).alpha(solver.nodes), solver.path)
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #ee317f62
 class NeuralSolverScheduler(SchedulerMixin, ConfigMixin):
     "What `FlowNeuralSolverScheduler` and `VPNeuralSolverScheduler` share: stepping through a `Solver` in a pipeline of diffusers."
-    _compatibles, order, init_noise_sigma = [], 1, 1.0 # one network call a timestep; pipelines scale their noise by the last
-    mean_trick = None # see `FlowNeuralSolverScheduler`
+
+    _compatibles, order, init_noise_sigma = (
+        [],
+        1,
+        1.0,
+    )  # one network call a timestep; pipelines scale their noise by the last
+    mean_trick = None  # see `FlowNeuralSolverScheduler`
 
     def _prepare(self):
         "Check the solvers of the config, and stand before `set_timesteps`."
-        given = self.config.solver; items = list(given) if isinstance(given, (list, tuple)) else [given]
-        if not items: raise ValueError('solver=[] is not allowed: give at least one solver.')
+        given = self.config.solver
+        items = list(given) if isinstance(given, (list, tuple)) else [given]
+        if not items:
+            raise ValueError('solver=[] is not allowed: give at least one solver.')
         entries = [_entry(item, self.path, self._accepts, self._advice) for item in items]
-        for entry in entries: self._check_fit(entry)
-        self.register_to_config(solver=entries if isinstance(given, (list, tuple)) else entries[0], _use_default_values=[]) # no value is a default that another class may replace by its own
+        for entry in entries:
+            self._check_fit(entry)
+        self.register_to_config(
+            solver=entries if isinstance(given, (list, tuple)) else entries[0],
+            _use_default_values=[],
+        )  # no value is a default that another class may replace by its own
         T = check_int('num_train_timesteps', self.config.num_train_timesteps, 2)
-        times = torch.linspace(self.path.t_noise, self.path.t_data, T + 1, dtype=torch.float64)[:-1] # all of them: for training loops
-        self.timesteps, self.sigmas = self._told(times).float(), torch.cat([self._sigma(times), torch.zeros(1)]).float()
-        self.num_inference_steps, self._begin_index, self._step_index, self._first, self._history, self._plans = None, None, None, None, {}, {}
+        times = torch.linspace(self.path.t_noise, self.path.t_data, T + 1, dtype=torch.float64)[
+            :-1
+        ]  # all of them: for training loops
+        self.timesteps, self.sigmas = (
+            self._told(times).float(),
+            torch.cat([self._sigma(times), torch.zeros(1)]).float(),
+        )
+        (
+            self.num_inference_steps,
+            self._begin_index,
+            self._step_index,
+            self._first,
+            self._history,
+            self._plans,
+        ) = None, None, None, None, {}, {}
 
     @property
-    def step_index(self) -> int | None: "Number of the next step; None before the first."; return self._step_index
+    def step_index(self) -> int | None:
+        "Number of the next step; None before the first."
+        return self._step_index
+
     @property
-    def begin_index(self) -> int | None: "Where sampling starts, set by image-to-image pipelines; None = found by the first timestep."; return self._begin_index
+    def begin_index(self) -> int | None:
+        "Where sampling starts, set by image-to-image pipelines; None = found by the first timestep."
+        return self._begin_index
+
     def set_begin_index(self, begin_index: int = 0):
         "Start at this node of the table; see *Image to image*."
         n = self.num_inference_steps
-        if n is not None and begin_index == n: raise ValueError(f'begin_index={n} leaves none of the {n} steps: give more steps, or a larger strength.')
+        if n is not None and begin_index == n:
+            raise ValueError(
+                f'begin_index={n} leaves none of the {n} steps: give more steps, or a larger strength.'
+            )
         self._begin_index = check_int('begin_index', begin_index, 0, None if n is None else n - 1)
-    def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor: "The network takes the state as it is."; return sample
-    def __len__(self) -> int: return self.config.num_train_timesteps
+
+    def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
+        "The network takes the state as it is."
+        return sample
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #78f00274
 @patch
 def solver_for(
     self: NeuralSolverScheduler,
-    num_inference_steps: int, # network evaluations N
-    mu: float | None = None, # dynamic shift, as pipelines give it to `set_timesteps`
-) -> Solver: # on the scheduler's path: `neuralsolver.sample` with it does what the pipeline does
+    num_inference_steps: int,  # network evaluations N
+    mu: float | None = None,  # dynamic shift, as pipelines give it to `set_timesteps`
+) -> Solver:  # on the scheduler's path: `neuralsolver.sample` with it does what the pipeline does
     "The solver that runs for a number of steps; ValueError lists the numbers there are."
     n, have = check_int('num_inference_steps', num_inference_steps), []
     given, shift, tables = self.config.solver, self._shift(mu), list_solvers()
     for entry in given if isinstance(given, (list, tuple)) else [given]:
         if isinstance(entry, str) and entry in tables:
             have += tables[entry]
-            if n in tables[entry]: return self._fit(load_solver(entry, n), shift)
-        elif isinstance(entry, str): return self._classical(entry, n, shift)
+            if n in tables[entry]:
+                return self._fit(load_solver(entry, n), shift)
+        elif isinstance(entry, str):
+            return self._classical(entry, n, shift)
         else:
-            solver = Solver.from_dict(entry); have.append(solver.nfe)
-            if solver.nfe == n: return self._fit(solver, shift)
-    raise ValueError(f'num_inference_steps={n} has no table here. There are tables for {", ".join(map(str, sorted(set(have))))} steps: '
-                     "use one of these, or add a classical solver to the list, for example solver=['sit-xl-2', 'ab3'].")
+            solver = Solver.from_dict(entry)
+            have.append(solver.nfe)
+            if solver.nfe == n:
+                return self._fit(solver, shift)
+    raise ValueError(
+        f'num_inference_steps={n} has no table here. There are tables for {", ".join(map(str, sorted(set(have))))} steps: '
+        "use one of these, or add a classical solver to the list, for example solver=['sit-xl-2', 'ab3']."
+    )
+
 
 @patch
 def _check_fit(self: NeuralSolverScheduler, entry: str | dict):
     "ValueError if a solver cannot run on this scheduler's path, whatever the number of steps."
     tables = list_solvers()
-    if isinstance(entry, str) and entry not in tables: return
+    if isinstance(entry, str) and entry not in tables:
+        return
     errors = []
     for n in tables[entry] if isinstance(entry, str) else [None]:
-        try: self._fit(load_solver(entry, n) if n else Solver.from_dict(entry)); return
-        except ValueError as e: errors.append(e)
+        try:
+            self._fit(load_solver(entry, n) if n else Solver.from_dict(entry))
+            return
+        except ValueError as e:
+            errors.append(e)
     raise errors[0]
+
 
 @patch(as_prop=True)
 def smallest_steps(self: NeuralSolverScheduler) -> int:
     "The smallest number of steps there is a table for."
     given, tables = self.config.solver, list_solvers()
-    steps = lambda e: len(e['weights']) if not isinstance(e, str) else tables[e][0] if e in tables else 1
+    steps = lambda e: (
+        len(e['weights']) if not isinstance(e, str) else tables[e][0] if e in tables else 1
+    )
     return min(map(steps, given if isinstance(given, (list, tuple)) else [given]))
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #53402809
 class _Plan:
     "The numbers of one run as Python floats."
+
     def __init__(self, solver: Solver, prediction_type: str):
-        self.nodes, self.gain, self.span, self.weights = solver.nodes, solver.gain.tolist(), solver.span.tolist(), solver.weights.tolist()
-        self.convert = [output_factors(solver.path, t, prediction_type, solver.coordinates) for t in self.nodes.tolist()[:-1]]
+        self.nodes, self.gain, self.span, self.weights = (
+            solver.nodes,
+            solver.gain.tolist(),
+            solver.span.tolist(),
+            solver.weights.tolist(),
+        )
+        self.convert = [
+            output_factors(solver.path, t, prediction_type, solver.coordinates)
+            for t in self.nodes.tolist()[:-1]
+        ]
         self._rows = {}
 
-    def rows(self, begin: int) -> list[tuple[list, list]]: # for every step: its (evaluation, weight) pairs; the evaluations not needed afterwards
+    def rows(
+        self, begin: int
+    ) -> list[
+        tuple[list, list]
+    ]:  # for every step: its (evaluation, weight) pairs; the evaluations not needed afterwards
         "The weights of a run that starts at node `begin`; evaluations before its first one are taken to be equal to that."
         if begin not in self._rows:
-            rows = [[(j, v) for j, v in ((begin, sum(w[:begin + 1])), *enumerate(w[begin + 1:k + 1], begin + 1)) if v or j == k] for k, w in enumerate(self.weights)]
+            rows = [
+                [
+                    (j, v)
+                    for j, v in (
+                        (begin, sum(w[: begin + 1])),
+                        *enumerate(w[begin + 1 : k + 1], begin + 1),
+                    )
+                    if v or j == k
+                ]
+                for k, w in enumerate(self.weights)
+            ]
             last = {j: k for k, row in enumerate(rows) for j, _ in row if k >= begin}
-            self._rows[begin] = [(row, [j for j in last if last[j] == k]) for k, row in enumerate(rows)]
+            self._rows[begin] = [
+                (row, [j for j in last if last[j] == k]) for k, row in enumerate(rows)
+            ]
         return self._rows[begin]
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #0bbdd814
 @patch
 def set_timesteps(
     self: NeuralSolverScheduler,
-    num_inference_steps: int | None = None, # network evaluations N; there must be a table for it
-    device: str | torch.device | None = None, # of `timesteps`; `sigmas` stay on the CPU
-    sigmas: list[float] | None = None, # refused, unless they are the default of the flow pipelines, 1 - k / N
-    mu: float | None = None, # dynamic shift; used with `compose_shift` only
-    timesteps: list[float] | None = None, # refused
+    num_inference_steps: int | None = None,  # network evaluations N; there must be a table for it
+    device: str | torch.device | None = None,  # of `timesteps`; `sigmas` stay on the CPU
+    sigmas: list[float]
+    | None = None,  # refused, unless they are the default of the flow pipelines, 1 - k / N
+    mu: float | None = None,  # dynamic shift; used with `compose_shift` only
+    timesteps: list[float] | None = None,  # refused
 ):
     "Choose the table for N steps and forget every earlier run."
     n = self._asked(num_inference_steps, sigmas, timesteps)
     key = n, self._shift(mu)
-    if key not in self._plans: self._plans[key] = _Plan(self.solver_for(n, mu), self.config.prediction_type)
-    self._plan = self._plans[key]; nodes = self._plan.nodes[:-1]
+    if key not in self._plans:
+        self._plans[key] = _Plan(self.solver_for(n, mu), self.config.prediction_type)
+    self._plan = self._plans[key]
+    nodes = self._plan.nodes[:-1]
     self.num_inference_steps, self.timesteps = n, self._told(nodes).float().to(device)
-    self.sigmas = torch.cat([self._sigma(nodes), torch.zeros(1)]).float() # the last is 0 by diffusers' convention, wherever the table ends
+    self.sigmas = torch.cat(
+        [self._sigma(nodes), torch.zeros(1)]
+    ).float()  # the last is 0 by diffusers' convention, wherever the table ends
     self._begin_index, self._step_index, self._history = None, None, {}
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #187b47b7
 @patch
 def _asked(self: NeuralSolverScheduler, n, sigmas, timesteps) -> int:
     "The number of steps that a pipeline asks for; ValueError for a schedule of its own."
-    if timesteps is not None: raise ValueError(f'timesteps={list(timesteps)} are refused: the times are part of the searched table. Give num_inference_steps.')
+    if timesteps is not None:
+        raise ValueError(
+            f'timesteps={list(timesteps)} are refused: the times are part of the searched table. Give num_inference_steps.'
+        )
     if sigmas is not None:
-        try: given = torch.as_tensor(sigmas, dtype=torch.float64, device='cpu').reshape(-1)
-        except (TypeError, ValueError) as e: raise ValueError(f'sigmas={sigmas!r} is not allowed: give num_inference_steps.') from e
+        try:
+            given = torch.as_tensor(sigmas, dtype=torch.float64, device='cpu').reshape(-1)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f'sigmas={sigmas!r} is not allowed: give num_inference_steps.') from e
         stock = torch.linspace(1, 0, len(given) + 1, dtype=torch.float64)[:-1]
-        if self.path.coordinates != 'velocity' or given.shape != stock.shape or (given - stock).abs().max() > 1e-6:
-            raise ValueError(f'sigmas={given.tolist()} are refused: the noise levels are part of the searched table. Give num_inference_steps, or use a scheduler of diffusers for a schedule of your own.')
-        if n not in (None, len(sigmas)): raise ValueError(f'{len(sigmas)} sigmas do not fit num_inference_steps={n}.')
+        if (
+            self.path.coordinates != 'velocity'
+            or given.shape != stock.shape
+            or (given - stock).abs().max() > 1e-6
+        ):
+            raise ValueError(
+                f'sigmas={given.tolist()} are refused: the noise levels are part of the searched table. Give num_inference_steps, or use a scheduler of diffusers for a schedule of your own.'
+            )
+        if n not in (None, len(sigmas)):
+            raise ValueError(f'{len(sigmas)} sigmas do not fit num_inference_steps={n}.')
         n = len(sigmas)
-    if n is None: raise ValueError('num_inference_steps=None is not allowed: give the number of steps.')
+    if n is None:
+        raise ValueError('num_inference_steps=None is not allowed: give the number of steps.')
     return n
+
 
 @patch
 def _start(self: NeuralSolverScheduler, timestep):
     "The index of the first step: as set, or of the nearest time. Only here is a timestep's value looked at."
     self._step_index = self._first = self._begin_index
-    if self._begin_index is not None: return
+    if self._begin_index is not None:
+        return
     t = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)[0].to(self.timesteps)
     k = (self.timesteps - t).abs().argmin().item()
-    if (self.timesteps[k] - t).abs() > max(1, abs(t.item()) / 256): # half precision has 8 bits
-        raise ValueError(f'timestep={t.item():g} is not on the schedule {[round(v, 1) for v in self.timesteps.tolist()]}: pass scheduler.timesteps in order.')
+    if (self.timesteps[k] - t).abs() > max(1, abs(t.item()) / 256):  # half precision has 8 bits
+        raise ValueError(
+            f'timestep={t.item():g} is not on the schedule {[round(v, 1) for v in self.timesteps.tolist()]}: pass scheduler.timesteps in order.'
+        )
     self._step_index = self._first = k
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #8778516f
 @patch
 def step(
     self: NeuralSolverScheduler,
-    model_output: torch.Tensor, # what the network (after guidance) returned, any shape
-    timestep: float | torch.Tensor, # looked at in the first step only, and only without `set_begin_index`
-    sample: torch.Tensor, # state the network was called with, same shape
-    return_dict: bool = True, # False = a tuple
-) -> SchedulerOutput | tuple: # the next state, in the dtype of `model_output`
+    model_output: torch.Tensor,  # what the network (after guidance) returned, any shape
+    timestep: float
+    | torch.Tensor,  # looked at in the first step only, and only without `set_begin_index`
+    sample: torch.Tensor,  # state the network was called with, same shape
+    return_dict: bool = True,  # False = a tuple
+) -> SchedulerOutput | tuple:  # the next state, in the dtype of `model_output`
     "One step of the table, computed in float32 (float64 for float64 outputs)."
-    if self.num_inference_steps is None: raise ValueError('call set_timesteps(num_inference_steps) before step.')
-    if model_output.shape != sample.shape: raise ValueError(f'model_output {list(model_output.shape)} and sample {list(sample.shape)} must have one shape (drop learned variances first).')
-    if self._step_index is None: self._start(timestep)
+    if self.num_inference_steps is None:
+        raise ValueError('call set_timesteps(num_inference_steps) before step.')
+    if model_output.shape != sample.shape:
+        raise ValueError(
+            f'model_output {list(model_output.shape)} and sample {list(sample.shape)} must have one shape (drop learned variances first).'
+        )
+    if self._step_index is None:
+        self._start(timestep)
     k, plan = self._step_index, self._plan
-    if k >= self.num_inference_steps: raise ValueError(f'all {k} steps are done: call set_timesteps for the next image.')
+    if k >= self.num_inference_steps:
+        raise ValueError(f'all {k} steps are done: call set_timesteps for the next image.')
     dtype = torch.float64 if model_output.dtype == torch.float64 else torch.float32
     x, (p, r) = sample.to(dtype), plan.convert[k]
-    prediction = torch.add(x, model_output.to(dtype), alpha=r / p).mul_(p) if p else model_output.to(dtype) * r # small difference first, then the large factor
+    prediction = (
+        torch.add(x, model_output.to(dtype), alpha=r / p).mul_(p)
+        if p
+        else model_output.to(dtype) * r
+    )  # small difference first, then the large factor
     x = x * plan.gain[k]
-    if self.mean_trick: prediction = self._apart(prediction, x, k)
-    self._history[k] = prediction; row, done = plan.rows(self._first)[k]
-    for j, w in row: x.add_(self._history[j], alpha=w)
-    for j in done: del self._history[j]
-    self._step_index += 1; x = x.to(model_output.dtype)
+    if self.mean_trick:
+        prediction = self._apart(prediction, x, k)
+    self._history[k] = prediction
+    row, done = plan.rows(self._first)[k]
+    for j, w in row:
+        x.add_(self._history[j], alpha=w)
+    for j in done:
+        del self._history[j]
+    self._step_index += 1
+    x = x.to(model_output.dtype)
     return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #6be1c78f
 @patch
 def add_noise(
     self: NeuralSolverScheduler,
-    original_samples: torch.Tensor, # clean data [B, ...]
-    noise: torch.Tensor, # same shape
-    timesteps: torch.Tensor, # of the network, [B], [1] or 0-d; any of its values, not only those of the schedule
-) -> torch.Tensor: # alpha data + sigma noise
+    original_samples: torch.Tensor,  # clean data [B, ...]
+    noise: torch.Tensor,  # same shape
+    timesteps: torch.Tensor,  # of the network, [B], [1] or 0-d; any of its values, not only those of the schedule
+) -> torch.Tensor:  # alpha data + sigma noise
     "The noisy state at given timesteps: the start of an image-to-image run, or a training input."
-    t = self._time(torch.as_tensor(timesteps).to(original_samples.device, torch.float32).reshape(-1))
+    t = self._time(
+        torch.as_tensor(timesteps).to(original_samples.device, torch.float32).reshape(-1)
+    )
     t = t.reshape(-1, *[1] * (original_samples.ndim - 1))
-    return (self.path.alpha(t) * original_samples + self.path.sigma(t) * noise).to(original_samples.dtype)
+    return (self.path.alpha(t) * original_samples + self.path.sigma(t) * noise).to(
+        original_samples.dtype
+    )
+
 
 @patch
 def scale_noise(
     self: NeuralSolverScheduler,
-    sample: torch.Tensor, # clean data [B, ...]
-    timestep: torch.Tensor, # as in `add_noise`
-    noise: torch.Tensor | None = None, # same shape as `sample`
+    sample: torch.Tensor,  # clean data [B, ...]
+    timestep: torch.Tensor,  # as in `add_noise`
+    noise: torch.Tensor | None = None,  # same shape as `sample`
 ) -> torch.Tensor:
     "`add_noise` under the name that flow pipelines use."
-    if noise is None: raise ValueError('noise=None is not allowed: give noise of the shape of the sample.')
+    if noise is None:
+        raise ValueError('noise=None is not allowed: give noise of the shape of the sample.')
     return self.add_noise(sample, noise, timestep)
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #731bba63
 MEAN_TRICKS = ('shrunk', 'average')
 
+
 class FlowNeuralSolverScheduler(NeuralSolverScheduler):
     "Searched solvers for networks that predict noise minus data on the linear path: Flux, SD3, Sana, Wan."
+
     path, _accepts = LinearPath(), (LinearPath,)
     _advice = 'give it to VPNeuralSolverScheduler, or re-express it with neuralsolver.change_path(solver, LinearPath()).'
 
     @register_to_config
     def __init__(
         self,
-        solver: str | dict | list = 'sit-xl-2', # name, Solver, its content or its JSON file; or a list of these
-        num_train_timesteps: int = 1000, # the network is told this times sigma
-        prediction_type: str = 'flow_prediction', # no other
-        compose_shift: bool = False, # False: the searched grid as it is; True: moved by the pipeline's shift
-        shift: float = 1.0, # static shift, used if composed
-        use_dynamic_shifting: bool = False, # if composed, the shift comes from the pipeline's `mu`
-        base_shift: float | None = 0.5, # read by pipelines, for `mu`
-        max_shift: float | None = 1.15, # read by pipelines
-        base_image_seq_len: int = 256, # read by pipelines
-        max_image_seq_len: int = 4096, # read by pipelines
-        time_shift_type: str = 'exponential', # 'exponential': shift = exp(mu); 'linear': shift = mu
-        mean_trick: str | None = None, # None, 'shrunk' or 'average', see *The mean trick*
+        solver: str
+        | dict
+        | list = 'sit-xl-2',  # name, Solver, its content or its JSON file; or a list of these
+        num_train_timesteps: int = 1000,  # the network is told this times sigma
+        prediction_type: str = 'flow_prediction',  # no other
+        compose_shift: bool = False,  # False: the searched grid as it is; True: moved by the pipeline's shift
+        shift: float = 1.0,  # static shift, used if composed
+        use_dynamic_shifting: bool = False,  # if composed, the shift comes from the pipeline's `mu`
+        base_shift: float | None = 0.5,  # read by pipelines, for `mu`
+        max_shift: float | None = 1.15,  # read by pipelines
+        base_image_seq_len: int = 256,  # read by pipelines
+        max_image_seq_len: int = 4096,  # read by pipelines
+        time_shift_type: str = 'exponential',  # 'exponential': shift = exp(mu); 'linear': shift = mu
+        mean_trick: str | None = None,  # None, 'shrunk' or 'average', see *The mean trick*
     ):
-        if prediction_type != 'flow_prediction': raise ValueError(f'prediction_type={prediction_type!r} is not allowed: this scheduler is for flow_prediction. Use VPNeuralSolverScheduler.')
-        for key in ('compose_shift', 'use_dynamic_shifting'): check_choice(key, self.config[key], (False, True))
-        check_choice('time_shift_type', time_shift_type, ('exponential', 'linear')); check_float('shift', shift, low=1e-6)
-        if mean_trick is not None: check_choice('mean_trick', mean_trick, MEAN_TRICKS)
+        if prediction_type != 'flow_prediction':
+            raise ValueError(
+                f'prediction_type={prediction_type!r} is not allowed: this scheduler is for flow_prediction. Use VPNeuralSolverScheduler.'
+            )
+        for key in ('compose_shift', 'use_dynamic_shifting'):
+            check_choice(key, self.config[key], (False, True))
+        check_choice('time_shift_type', time_shift_type, ('exponential', 'linear'))
+        check_float('shift', shift, low=1e-6)
+        if mean_trick is not None:
+            check_choice('mean_trick', mean_trick, MEAN_TRICKS)
         self.mean_trick = mean_trick
         self._prepare()
 
-    def _told(self, t: torch.Tensor) -> torch.Tensor: return self.config.num_train_timesteps * (1 - t)
-    def _time(self, timestep: torch.Tensor) -> torch.Tensor: return 1 - timestep / self.config.num_train_timesteps
-    def _sigma(self, t: torch.Tensor) -> torch.Tensor: return 1 - t
+    def _told(self, t: torch.Tensor) -> torch.Tensor:
+        return self.config.num_train_timesteps * (1 - t)
+
+    def _time(self, timestep: torch.Tensor) -> torch.Tensor:
+        return 1 - timestep / self.config.num_train_timesteps
+
+    def _sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 - t
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #9d03d8e8
 @patch
 def _shift(self: FlowNeuralSolverScheduler, mu: float | None) -> float:
     "The shift to compose the grid with; 1 = as it is."
-    if not self.config.compose_shift: return 1.0
-    if not self.config.use_dynamic_shifting: return self.config.shift
-    if mu is None: raise ValueError('mu=None is not allowed: compose_shift with use_dynamic_shifting needs the mu that pipelines pass to set_timesteps.')
+    if not self.config.compose_shift:
+        return 1.0
+    if not self.config.use_dynamic_shifting:
+        return self.config.shift
+    if mu is None:
+        raise ValueError(
+            'mu=None is not allowed: compose_shift with use_dynamic_shifting needs the mu that pipelines pass to set_timesteps.'
+        )
     return math.exp(mu) if self.config.time_shift_type == 'exponential' else float(mu)
+
 
 @patch
 def _fit(self: FlowNeuralSolverScheduler, solver: Solver, shift: float = 1.0) -> Solver:
     "A table as it runs here."
     solver = change_path(solver, self.path)
-    if self.mean_trick and not solver.consistent: raise ValueError(f'mean_trick needs rows that sum to their spans; those of {solver.name!r} are free.')
-    if self.mean_trick and solver.coordinates != 'velocity': raise ValueError(f'mean_trick needs a solver in velocity coordinates; {solver.name!r} is in {solver.coordinates} coordinates.')
-    return solver if shift == 1 and (solver.consistent or not self.config.compose_shift) else compose_shift(solver, shift) # refused whatever the shift
+    if self.mean_trick and not solver.consistent:
+        raise ValueError(
+            f'mean_trick needs rows that sum to their spans; those of {solver.name!r} are free.'
+        )
+    if self.mean_trick and solver.coordinates != 'velocity':
+        raise ValueError(
+            f'mean_trick needs a solver in velocity coordinates; {solver.name!r} is in {solver.coordinates} coordinates.'
+        )
+    return (
+        solver
+        if shift == 1 and (solver.consistent or not self.config.compose_shift)
+        else compose_shift(solver, shift)
+    )  # refused whatever the shift
+
 
 @patch
 def _classical(self: FlowNeuralSolverScheduler, name: str, n: int, shift: float) -> Solver:
     "A classical rule for N evaluations, derived for the grid it runs on."
     solver = CLASSICAL[name](n)
-    if solver.nfe != n: raise ValueError(f'solver={name!r} spends {solver.nfe} evaluations on num_inference_steps={n}: one a step is needed' + (", use 'heun-nfe'." if name == 'heun' else '.'))
-    return solver if shift == 1 else CLASSICAL[name](n, ShiftedPath(shift).alpha(solver.nodes.unique()))
+    if solver.nfe != n:
+        raise ValueError(
+            f'solver={name!r} spends {solver.nfe} evaluations on num_inference_steps={n}: one a step is needed'
+            + (", use 'heun-nfe'." if name == 'heun' else '.')
+        )
+    return (
+        solver
+        if shift == 1
+        else CLASSICAL[name](n, ShiftedPath(shift).alpha(solver.nodes.unique()))
+    )
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #3c1f8925
 @patch
-def _apart(self: NeuralSolverScheduler, prediction: torch.Tensor, x: torch.Tensor, k: int) -> torch.Tensor:
+def _apart(
+    self: NeuralSolverScheduler, prediction: torch.Tensor, x: torch.Tensor, k: int
+) -> torch.Tensor:
     "The prediction without its mean; the mean's own part of step k is added to x."
-    if prediction.ndim < 3: raise ValueError(f'mean_trick needs states [B, tokens, C] or [B, C, ...], not {list(prediction.shape)}.')
-    mean = prediction.mean(1 if prediction.ndim == 3 else tuple(range(2, prediction.ndim)), keepdim=True) # [B, tokens, C] or [B, C, ...]
+    if prediction.ndim < 3:
+        raise ValueError(
+            f'mean_trick needs states [B, tokens, C] or [B, C, ...], not {list(prediction.shape)}.'
+        )
+    mean = prediction.mean(
+        1 if prediction.ndim == 3 else tuple(range(2, prediction.ndim)), keepdim=True
+    )  # [B, tokens, C] or [B, C, ...]
     done = k - self._first
     self._means = mean if done == 0 else self._means + mean
-    x.add_((mean if self.mean_trick == 'shrunk' else self._means) / (done + 1), alpha=self._plan.span[k])
+    x.add_(
+        (mean if self.mean_trick == 'shrunk' else self._means) / (done + 1),
+        alpha=self._plan.span[k],
+    )
     return prediction - mean
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #4eb440e8
 def keep_times(
-    solver: Solver, # on a path of DDPM models, every step of positive length
-    path: NoisePath, # another one
-) -> Solver: # the same times and coefficients there
+    solver: Solver,  # on a path of DDPM models, every step of positive length
+    path: NoisePath,  # another one
+) -> Solver:  # the same times and coefficients there
     "A solver's times and its coefficients per unit of span on another path."
     return solver if solver.path == path else _move(solver, path.clamp(solver.nodes), path)
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #feb8fa72
-BETA_SCHEDULES = {'linear': 'linear', 'scaled_linear': 'scaled-linear', 'squaredcos_cap_v2': 'cosine'} # diffusers' names
+BETA_SCHEDULES = {
+    'linear': 'linear',
+    'scaled_linear': 'scaled-linear',
+    'squaredcos_cap_v2': 'cosine',
+}  # diffusers' names
+
 
 class VPNeuralSolverScheduler(NeuralSolverScheduler):
     "Searched solvers for networks trained on a DDPM table: DiT, PixArt, Stable Diffusion."
+
     _accepts = (VPPath, DDPMPath)
     _advice = 'give it to FlowNeuralSolverScheduler, or re-express it with neuralsolver.change_path(solver, DDPMPath()).'
 
     @register_to_config
     def __init__(
         self,
-        solver: str | dict | list = 'dit-xl-2', # name, Solver, its content or its JSON file; or a list of these
-        num_train_timesteps: int = 1000, # length of the table
-        beta_start: float = 1e-4, # first beta
-        beta_end: float = 0.02, # last beta
-        beta_schedule: str = 'linear', # a key of BETA_SCHEDULES
-        trained_betas: list | None = None, # refused: give a schedule
-        prediction_type: str = 'epsilon', # 'epsilon', 'sample' or 'v_prediction'
-        carry: str = 'log-snr', # how a table comes to another path: at equal 'log-snr', or at equal 'time'
-        continuous: bool = False, # True: the paper's reading, the continuous path, network told 1000 t
-        rescale_betas_zero_snr: bool = False, # refused: pure noise has no finite log-SNR
-        thresholding: bool = False, # refused: it is not linear
+        solver: str
+        | dict
+        | list = 'dit-xl-2',  # name, Solver, its content or its JSON file; or a list of these
+        num_train_timesteps: int = 1000,  # length of the table
+        beta_start: float = 1e-4,  # first beta
+        beta_end: float = 0.02,  # last beta
+        beta_schedule: str = 'linear',  # a key of BETA_SCHEDULES
+        trained_betas: list | None = None,  # refused: give a schedule
+        prediction_type: str = 'epsilon',  # 'epsilon', 'sample' or 'v_prediction'
+        carry: str = 'log-snr',  # how a table comes to another path: at equal 'log-snr', or at equal 'time'
+        continuous: bool = False,  # True: the paper's reading, the continuous path, network told 1000 t
+        rescale_betas_zero_snr: bool = False,  # refused: pure noise has no finite log-SNR
+        thresholding: bool = False,  # refused: it is not linear
     ):
-        if prediction_type == 'flow_prediction': raise ValueError("prediction_type='flow_prediction' is not allowed: this is a flow model. Use FlowNeuralSolverScheduler.")
-        check_choice('prediction_type', prediction_type, PREDICTION_TYPES[:3]); check_choice('beta_schedule', beta_schedule, BETA_SCHEDULES); check_choice('carry', carry, ('log-snr', 'time')); check_choice('continuous', continuous, (False, True))
+        if prediction_type == 'flow_prediction':
+            raise ValueError(
+                "prediction_type='flow_prediction' is not allowed: this is a flow model. Use FlowNeuralSolverScheduler."
+            )
+        check_choice('prediction_type', prediction_type, PREDICTION_TYPES[:3])
+        check_choice('beta_schedule', beta_schedule, BETA_SCHEDULES)
+        check_choice('carry', carry, ('log-snr', 'time'))
+        check_choice('continuous', continuous, (False, True))
         for key in ('trained_betas', 'rescale_betas_zero_snr', 'thresholding'):
-            if self.config[key]: raise ValueError(f'{key}={self.config[key]!r} is not supported: a searched table needs one of the schedules {", ".join(BETA_SCHEDULES)}, a finite log-SNR and a linear step.')
-        if continuous and beta_schedule != 'linear': raise ValueError(f'continuous=True needs beta_schedule="linear", not {beta_schedule!r}.')
-        T = check_int('num_train_timesteps', num_train_timesteps, 2); check_float('beta_start', beta_start, 1e-12, beta_end)
-        self.path = VPPath(T * beta_start, T * beta_end) if continuous else DDPMPath(BETA_SCHEDULES[beta_schedule], beta_start, beta_end, T)
-        self._offset = 0 if continuous else 1 # index i of the table is t = (i + 1) / T
+            if self.config[key]:
+                raise ValueError(
+                    f'{key}={self.config[key]!r} is not supported: a searched table needs one of the schedules {", ".join(BETA_SCHEDULES)}, a finite log-SNR and a linear step.'
+                )
+        if continuous and beta_schedule != 'linear':
+            raise ValueError(
+                f'continuous=True needs beta_schedule="linear", not {beta_schedule!r}.'
+            )
+        T = check_int('num_train_timesteps', num_train_timesteps, 2)
+        check_float('beta_start', beta_start, 1e-12, beta_end)
+        self.path = (
+            VPPath(T * beta_start, T * beta_end)
+            if continuous
+            else DDPMPath(BETA_SCHEDULES[beta_schedule], beta_start, beta_end, T)
+        )
+        self._offset = 0 if continuous else 1  # index i of the table is t = (i + 1) / T
         self._prepare()
 
     @property
-    def alphas_cumprod(self) -> torch.Tensor: "alpha^2 of the table, [num_train_timesteps]."; return self.path.alpha(torch.arange(1, len(self) + 1, dtype=torch.float64) / len(self)).square().float()
-    def _told(self, t: torch.Tensor) -> torch.Tensor: return len(self) * t - self._offset
-    def _time(self, timestep: torch.Tensor) -> torch.Tensor: return (timestep + self._offset) / len(self)
-    def _sigma(self, t: torch.Tensor) -> torch.Tensor: return (-self.path.log_snr(t)).exp() # sigma / alpha, as in diffusers
-    def _shift(self, mu: float | None) -> float: return 1.0
+    def alphas_cumprod(self) -> torch.Tensor:
+        "alpha^2 of the table, [num_train_timesteps]."
+        return (
+            self.path.alpha(torch.arange(1, len(self) + 1, dtype=torch.float64) / len(self))
+            .square()
+            .float()
+        )
+
+    def _told(self, t: torch.Tensor) -> torch.Tensor:
+        return len(self) * t - self._offset
+
+    def _time(self, timestep: torch.Tensor) -> torch.Tensor:
+        return (timestep + self._offset) / len(self)
+
+    def _sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return (-self.path.log_snr(t)).exp()  # sigma / alpha, as in diffusers
+
+    def _shift(self, mu: float | None) -> float:
+        return 1.0
+
     def _fit(self, solver: Solver, shift: float = 1.0) -> Solver:
-        if self.config.carry == 'time': return keep_times(solver, self.path)
-        try: return change_path(solver, self.path)
-        except ValueError as e: raise ValueError(f"{e} Or keep the table's times instead: carry='time'.") from e
-    def _classical(self, name: str, n: int, shift: float) -> Solver: return get_solver(name, n, self.path)
+        if self.config.carry == 'time':
+            return keep_times(solver, self.path)
+        try:
+            return change_path(solver, self.path)
+        except ValueError as e:
+            raise ValueError(f"{e} Or keep the table's times instead: carry='time'.") from e
+
+    def _classical(self, name: str, n: int, shift: float) -> Solver:
+        return get_solver(name, n, self.path)
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #845ffad8
-REFUSED = dict(invert_sigmas=False, stochastic_sampling=False, snr_shift_scale=1.0, sigma_data=None) # entries of a config that change what a table assumes, and the value that does not
-REFUSED_WHEN_COMPOSED = dict(shift_terminal=None, use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False) # grids besides the shift
+REFUSED = dict(
+    invert_sigmas=False, stochastic_sampling=False, snr_shift_scale=1.0, sigma_data=None
+)  # entries of a config that change what a table assumes, and the value that does not
+REFUSED_WHEN_COMPOSED = dict(
+    shift_terminal=None,
+    use_karras_sigmas=False,
+    use_exponential_sigmas=False,
+    use_beta_sigmas=False,
+)  # grids besides the shift
+
 
 @patch(cls_method=True)
 def from_config(
     cls: NeuralSolverScheduler,
-    config: Mapping, # a scheduler's config, of this library or of diffusers
-    return_unused_kwargs: bool = False, # as in diffusers
-    **kwargs, # arguments of this scheduler, for example solver='sit-xl-2'
+    config: Mapping,  # a scheduler's config, of this library or of diffusers
+    return_unused_kwargs: bool = False,  # as in diffusers
+    **kwargs,  # arguments of this scheduler, for example solver='sit-xl-2'
 ):
     "A scheduler for the pipeline that the config belongs to."
     known = cls._get_init_keys(cls) - {'self'}
     if unknown := kwargs.keys() - known:
-        raise ValueError(f'{cls.__name__} has no argument {", ".join(sorted(unknown))}. Allowed: {", ".join(sorted(known))}.')
-    if not isinstance(config, Mapping): return super(NeuralSolverScheduler, cls).from_config(config, return_unused_kwargs, **kwargs)
-    if 'prediction_type' not in kwargs and is_flow(config) != issubclass(cls, FlowNeuralSolverScheduler):
+        raise ValueError(
+            f'{cls.__name__} has no argument {", ".join(sorted(unknown))}. Allowed: {", ".join(sorted(known))}.'
+        )
+    if not isinstance(config, Mapping):
+        return super(NeuralSolverScheduler, cls).from_config(config, return_unused_kwargs, **kwargs)
+    if 'prediction_type' not in kwargs and is_flow(config) != issubclass(
+        cls, FlowNeuralSolverScheduler
+    ):
         other = 'FlowNeuralSolverScheduler' if is_flow(config) else 'VPNeuralSolverScheduler'
-        raise ValueError(f'this config of a {config.get("_class_name", "scheduler")} belongs to a {"flow" if is_flow(config) else "DDPM"} model: use {other}.')
+        raise ValueError(
+            f'this config of a {config.get("_class_name", "scheduler")} belongs to a {"flow" if is_flow(config) else "DDPM"} model: use {other}.'
+        )
     own = {k: v for k, v in config.items() if k in known and k not in kwargs}
-    if 'flow_shift' in config and 'shift' in known: own.setdefault('shift', config['flow_shift']) # DPMSolverMultistep and UniPC call it so
+    if 'flow_shift' in config and 'shift' in known:
+        own.setdefault('shift', config['flow_shift'])  # DPMSolverMultistep and UniPC call it so
     composed = kwargs.get('compose_shift', own.get('compose_shift', False))
     for key, neutral in (REFUSED | (REFUSED_WHEN_COMPOSED if composed else {})).items():
-        if config.get(key, neutral) != neutral: raise ValueError(f'the config has {key}={config[key]!r}, which is not supported{" with compose_shift=True" if key in REFUSED_WHEN_COMPOSED else ""}: only {neutral!r} is.')
+        if config.get(key, neutral) != neutral:
+            raise ValueError(
+                f'the config has {key}={config[key]!r}, which is not supported{" with compose_shift=True" if key in REFUSED_WHEN_COMPOSED else ""}: only {neutral!r} is.'
+            )
     scheduler = cls(**own, **kwargs)
-    scheduler.register_to_config(**{k: v for k, v in config.items() if k not in scheduler.config and not k.startswith('_')})
+    scheduler.register_to_config(
+        **{k: v for k, v in config.items() if k not in scheduler.config and not k.startswith('_')}
+    )
     return (scheduler, {}) if return_unused_kwargs else scheduler
 
+
 def is_flow(
-    config: Mapping, # a scheduler's config
+    config: Mapping,  # a scheduler's config
 ) -> bool:
     "Does the config belong to a flow model? Otherwise to one trained on a DDPM table; ValueError if it says neither."
-    if 'prediction_type' in config: return config['prediction_type'] == 'flow_prediction'
+    if 'prediction_type' in config:
+        return config['prediction_type'] == 'flow_prediction'
     if 'shift' not in config and 'beta_start' not in config:
-        raise ValueError(f'the config with {", ".join(k for k in config if not k.startswith("_"))} belongs to no family known here: it names neither prediction_type, nor a shift (flow), nor betas (DDPM).')
+        raise ValueError(
+            f'the config with {", ".join(k for k in config if not k.startswith("_"))} belongs to no family known here: it names neither prediction_type, nor a shift (flow), nor betas (DDPM).'
+        )
     return 'beta_start' not in config
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #0c3025cb
 class DiffusersField:
     "A network of diffusers as a field: `field(x, t, cond) -> prediction`, with `cond` the rows of the conditions."
+
     def __init__(
         self,
-        model: torch.nn.Module, # `model(x, timestep=..., **conditions, return_dict=False)`: a transformer or UNet
-        scheduler: NeuralSolverScheduler, # names the path, the prediction and the network's time; its solver does not matter
-        conditions: Mapping[str, torch.Tensor | list] | None = None, # arguments of the model with one row (or list item) per prompt, [P, ...]; 'a.b' is entry b of a dictionary a
-        shared: Mapping | None = None, # further arguments, the same in every call; names as in `conditions`
-        time_scale: float = 1.0, # the network is told this times the scheduler's timestep: 0.001 for Flux
-        guidance_scale: float = 1.0, # classifier-free guidance; 1 = none
-        negative: Mapping[str, torch.Tensor | list] | None = None, # conditions of the unconditional branch, [1, ...] or [P, ...]
+        model: torch.nn.Module,  # `model(x, timestep=..., **conditions, return_dict=False)`: a transformer or UNet
+        scheduler: NeuralSolverScheduler,  # names the path, the prediction and the network's time; its solver does not matter
+        conditions: Mapping[str, torch.Tensor | list]
+        | None = None,  # arguments of the model with one row (or list item) per prompt, [P, ...]; 'a.b' is entry b of a dictionary a
+        shared: Mapping
+        | None = None,  # further arguments, the same in every call; names as in `conditions`
+        time_scale: float = 1.0,  # the network is told this times the scheduler's timestep: 0.001 for Flux
+        guidance_scale: float = 1.0,  # classifier-free guidance; 1 = none
+        negative: Mapping[str, torch.Tensor | list]
+        | None = None,  # conditions of the unconditional branch, [1, ...] or [P, ...]
     ):
-        if not isinstance(scheduler, NeuralSolverScheduler): raise ValueError(f'scheduler must be one of ours, not {type(scheduler).__name__}: try FlowNeuralSolverScheduler.from_config(pipe.scheduler.config).')
+        if not isinstance(scheduler, NeuralSolverScheduler):
+            raise ValueError(
+                f'scheduler must be one of ours, not {type(scheduler).__name__}: try FlowNeuralSolverScheduler.from_config(pipe.scheduler.config).'
+            )
         self.model, self.scheduler, self.path, self.target = model, scheduler, scheduler.path, None
-        self.conditions, self.shared, self.negative = dict(conditions or {}), dict(shared or {}), dict(negative or {})
-        self.time_scale, self.guidance_scale = check_float('time_scale', time_scale), check_float('guidance_scale', guidance_scale, low=0)
+        self.conditions, self.shared, self.negative = (
+            dict(conditions or {}),
+            dict(shared or {}),
+            dict(negative or {}),
+        )
+        self.time_scale, self.guidance_scale = (
+            check_float('time_scale', time_scale),
+            check_float('guidance_scale', guidance_scale, low=0),
+        )
         self.rows = {len(v) for v in self.conditions.values()}
-        if len(self.rows) > 1: raise ValueError(f'conditions have {sorted(self.rows)} rows: one row per prompt in each is needed.')
-        if guidance_scale != 1 and self.negative.keys() != self.conditions.keys(): raise ValueError(f'guidance_scale={guidance_scale} needs negative conditions with the names {", ".join(self.conditions)}.')
+        if len(self.rows) > 1:
+            raise ValueError(
+                f'conditions have {sorted(self.rows)} rows: one row per prompt in each is needed.'
+            )
+        if guidance_scale != 1 and self.negative.keys() != self.conditions.keys():
+            raise ValueError(
+                f'guidance_scale={guidance_scale} needs negative conditions with the names {", ".join(self.conditions)}.'
+            )
         self.dtype = next(model.parameters()).dtype
 
-    on = Field.on # the field as a solver wants it; ValueError if the solver belongs to another path
+    on = (
+        Field.on
+    )  # the field as a solver wants it; ValueError if the solver belongs to another path
+
 
 def _nested(flat: Mapping) -> dict:
     "{'a.b': v} as {'a': {'b': v}}."
     out = {}
     for name, value in flat.items():
-        *parents, last = name.split('.'); at = out
-        for p in parents: at = at.setdefault(p, {})
+        *parents, last = name.split('.')
+        at = out
+        for p in parents:
+            at = at.setdefault(p, {})
         at[last] = value
     return out
 
+
 def _flat(nested: Mapping, prefix: str = '') -> dict:
     "The inverse of `_nested`; empty dictionaries stay."
-    return {k: v for name, value in nested.items() for k, v in (_flat(value, f'{prefix}{name}.') if isinstance(value, Mapping) and value else {prefix + name: value}).items()}
+    return {
+        k: v
+        for name, value in nested.items()
+        for k, v in (
+            _flat(value, f'{prefix}{name}.')
+            if isinstance(value, Mapping) and value
+            else {prefix + name: value}
+        ).items()
+    }
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #74b670fe
 @patch
 def __call__(
     self: DiffusersField,
-    x: torch.Tensor, # state [B, ...]
-    t: torch.Tensor, # 0-d, in the path's time
-    cond: torch.Tensor | None = None, # rows of the conditions, int64 [B]; None = the only row
-) -> torch.Tensor: # prediction in x's dtype: velocity or data, or as `on` chose
+    x: torch.Tensor,  # state [B, ...]
+    t: torch.Tensor,  # 0-d, in the path's time
+    cond: torch.Tensor | None = None,  # rows of the conditions, int64 [B]; None = the only row
+) -> torch.Tensor:  # prediction in x's dtype: velocity or data, or as `on` chose
     "The guided prediction at state x and time t."
-    if cond is None and self.rows - {1}: raise ValueError(f'the conditions have {max(self.rows)} rows: give cond, the row of every sample.')
+    if cond is None and self.rows - {1}:
+        raise ValueError(
+            f'the conditions have {max(self.rows)} rows: give cond, the row of every sample.'
+        )
     rows = torch.zeros(len(x), dtype=torch.int64, device=x.device) if cond is None else cond
-    pick = lambda v: v[rows if len(v) > 1 else rows * 0] if isinstance(v, torch.Tensor) else [v[r] for r in (rows if len(v) > 1 else rows * 0).tolist()]
+    pick = lambda v: (
+        v[rows if len(v) > 1 else rows * 0]
+        if isinstance(v, torch.Tensor)
+        else [v[r] for r in (rows if len(v) > 1 else rows * 0).tolist()]
+    )
     join = lambda a, b: torch.cat([a, b]) if isinstance(a, torch.Tensor) else a + b
-    picked = {k: pick(v) for k, v in self.conditions.items()}; inputs = x.to(self.dtype)
-    if self.guidance_scale != 1: inputs, picked = torch.cat([inputs, inputs]), {k: join(pick(self.negative[k]), v) for k, v in picked.items()}
+    picked = {k: pick(v) for k, v in self.conditions.items()}
+    inputs = x.to(self.dtype)
+    if self.guidance_scale != 1:
+        inputs, picked = (
+            torch.cat([inputs, inputs]),
+            {k: join(pick(self.negative[k]), v) for k, v in picked.items()},
+        )
     told = (self.time_scale * self.scheduler._told(t)).float().expand(len(inputs))
-    out = self.model(inputs, timestep=told, **_nested({**self.shared, **picked}), return_dict=False)[0]
-    out = out[:, :x.shape[1]].to(x.dtype) # without learned variances; no change for packed tokens
-    if self.guidance_scale != 1: out = torch.lerp(*out.chunk(2), self.guidance_scale)
+    out = self.model(
+        inputs, timestep=told, **_nested({**self.shared, **picked}), return_dict=False
+    )[0]
+    out = out[:, : x.shape[1]].to(x.dtype)  # without learned variances; no change for packed tokens
+    if self.guidance_scale != 1:
+        out = torch.lerp(*out.chunk(2), self.guidance_scale)
     target = self.target or ('velocity' if self.path.coordinates == 'velocity' else 'data')
     return convert_output(self.path, x, t, out, self.scheduler.config.prediction_type, target)
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #7957a452
-class _Stop(Exception): pass
+class _Stop(Exception):
+    pass
+
 
 def network_calls(
-    pipe, # a pipeline of diffusers
-    scheduler, # to run it with, for the time being
-    arguments: Mapping, # of `pipe(...)`
-    first: bool = False, # stop before the first call computes anything; False: after the calls of the first step
-) -> list[dict]: # arguments of the calls, by name
+    pipe,  # a pipeline of diffusers
+    scheduler,  # to run it with, for the time being
+    arguments: Mapping,  # of `pipe(...)`
+    first: bool = False,  # stop before the first call computes anything; False: after the calls of the first step
+) -> list[dict]:  # arguments of the calls, by name
     "What a pipeline calls its denoiser with in its first step."
     net, own, calls = denoiser(pipe), pipe.scheduler, []
     names = list(inspect.signature(net.forward).parameters)
+
     def record(module, args, kwargs):
         calls.append(dict(zip(names, args)) | kwargs)
-        if first: raise _Stop
-    def stop(*args, **kwargs): raise _Stop
-    hook = net.register_forward_pre_hook(record, with_kwargs=True); pipe.scheduler = copy.deepcopy(scheduler); pipe.scheduler.step = stop
-    try: pipe(**arguments)
-    except _Stop: pass
-    finally: hook.remove(); pipe.scheduler = own
-    if not calls: raise ValueError(f'{type(pipe).__name__} did not call its denoiser: make the DiffusersField by hand.')
+        if first:
+            raise _Stop
+
+    def stop(*args, **kwargs):
+        raise _Stop
+
+    hook = net.register_forward_pre_hook(record, with_kwargs=True)
+    pipe.scheduler = copy.deepcopy(scheduler)
+    pipe.scheduler.step = stop
+    try:
+        pipe(**arguments)
+    except _Stop:
+        pass
+    finally:
+        hook.remove()
+        pipe.scheduler = own
+    if not calls:
+        raise ValueError(
+            f'{type(pipe).__name__} did not call its denoiser: make the DiffusersField by hand.'
+        )
     return calls
+
 
 def denoiser(pipe) -> torch.nn.Module:
     "The one network of a pipeline that its scheduler steps."
-    nets = [n for n in (getattr(pipe, name, None) for name in ('transformer', 'transformer_2', 'unet')) if n is not None]
-    if len(nets) != 1: raise ValueError(f'{type(pipe).__name__} has {len(nets)} networks that could be its denoiser (transformer, transformer_2, unet): one is needed. Make the DiffusersField by hand.')
+    nets = [
+        n
+        for n in (getattr(pipe, name, None) for name in ('transformer', 'transformer_2', 'unet'))
+        if n is not None
+    ]
+    if len(nets) != 1:
+        raise ValueError(
+            f'{type(pipe).__name__} has {len(nets)} networks that could be its denoiser (transformer, transformer_2, unet): one is needed. Make the DiffusersField by hand.'
+        )
     return nets[0]
 
 # %% ../nbs/diffusers/01_diffusers.ipynb #198233bf
 @torch.no_grad()
 def pipeline_field(
-    pipe, # a pipeline of diffusers
-    prompts: list, # prompts (or whatever `arguments` takes)
-    scheduler: NeuralSolverScheduler, # made from the config of the pipeline's own
-    arguments: Callable[[list], Mapping] = lambda prompts: dict(prompt=prompts), # prompts -> arguments of `pipe(...)`, sizes and guidance included
-) -> tuple[DiffusersField, tuple[int, ...]]: # the field without classifier-free guidance, `cond` = index of the prompt; shape of one latent
+    pipe,  # a pipeline of diffusers
+    prompts: list,  # prompts (or whatever `arguments` takes)
+    scheduler: NeuralSolverScheduler,  # made from the config of the pipeline's own
+    arguments: Callable[[list], Mapping] = lambda prompts: dict(
+        prompt=prompts
+    ),  # prompts -> arguments of `pipe(...)`, sizes and guidance included
+) -> tuple[
+    DiffusersField, tuple[int, ...]
+]:  # the field without classifier-free guidance, `cond` = index of the prompt; shape of one latent
     "The field that a pipeline integrates, taken from the pipeline itself."
     steps = scheduler.smallest_steps
+
     def recorded(prompts):
-        calls = network_calls(pipe, scheduler, {**arguments(prompts), 'num_inference_steps': steps}); x = next(iter(calls[0].values()))
+        calls = network_calls(pipe, scheduler, {**arguments(prompts), 'num_inference_steps': steps})
+        x = next(iter(calls[0].values()))
         if len(calls) > 1 or len(x) != len(prompts):
-            raise ValueError(f'the pipeline makes {len(calls)} network calls of {len(x)} rows for {len(prompts)} prompts in a step: switch its guidance off (guidance_scale=1, or true_cfg_scale=1), a search is done without it.')
+            raise ValueError(
+                f'the pipeline makes {len(calls)} network calls of {len(x)} rows for {len(prompts)} prompts in a step: switch its guidance off (guidance_scale=1, or true_cfg_scale=1), a search is done without it.'
+            )
         return _flat(calls[0])
-    one, more = recorded(list(prompts)), recorded([*prompts, prompts[0]]); P, x = len(prompts), one.pop(next(iter(one)))
-    told = torch.as_tensor(one.pop('timestep')).flatten()[0].item(); one.pop('return_dict', None)
-    grew = lambda k, v: isinstance(v, (torch.Tensor, list)) and getattr(v, 'ndim', 1) and len(v) == P and len(more[k]) == P + 1
+
+    one, more = recorded(list(prompts)), recorded([*prompts, prompts[0]])
+    P, x = len(prompts), one.pop(next(iter(one)))
+    told = torch.as_tensor(one.pop('timestep')).flatten()[0].item()
+    one.pop('return_dict', None)
+    grew = lambda k, v: (
+        isinstance(v, (torch.Tensor, list))
+        and getattr(v, 'ndim', 1)
+        and len(v) == P
+        and len(more[k]) == P + 1
+    )
     scheduler.set_timesteps(steps)
-    return DiffusersField(denoiser(pipe), scheduler, {k: v for k, v in one.items() if grew(k, v)}, {k: v for k, v in one.items() if not grew(k, v)},
-                          float(f'{told / scheduler.timesteps[0].item():.2g}')), tuple(x.shape[1:]) # pipelines round times to their dtype
+    return DiffusersField(
+        denoiser(pipe),
+        scheduler,
+        {k: v for k, v in one.items() if grew(k, v)},
+        {k: v for k, v in one.items() if not grew(k, v)},
+        float(f'{told / scheduler.timesteps[0].item():.2g}'),
+    ), tuple(x.shape[1:])  # pipelines round times to their dtype

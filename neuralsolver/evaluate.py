@@ -23,646 +23,1389 @@ from torch import nn, Tensor
 from tqdm import tqdm
 from .data import to_uint8
 from .fields import Field
-from .inception import adm_reference_file, check_reference, export_npz, image_metrics, Inception, inception_file, read_reference
-from .metrics import blocks, compute_metrics, extract, extractor_name, Features, frechet_distance, load_reference, metrics_protocol, moments, real_test
-from .models import Autoencoder, CHECKPOINTS, load_card, load_model, model_architecture, model_file, model_path, vae_folder, VAE_FILES
+from neuralsolver.inception import (
+    adm_reference_file,
+    check_reference,
+    export_npz,
+    image_metrics,
+    Inception,
+    inception_file,
+    read_reference,
+)
+from neuralsolver.metrics import (
+    blocks,
+    compute_metrics,
+    extract,
+    extractor_name,
+    Features,
+    frechet_distance,
+    load_reference,
+    metrics_protocol,
+    moments,
+    real_test,
+)
+from neuralsolver.models import (
+    Autoencoder,
+    CHECKPOINTS,
+    load_card,
+    load_model,
+    model_architecture,
+    model_file,
+    model_path,
+    vae_folder,
+    VAE_FILES,
+)
 from .neural import CLASSICAL, EXPONENTIAL, get_solver, list_solvers
 from .paths import LinearPath, NoisePath
-from .shards import batch_ranges, DamagedShard, differences, read_shard, remove_unfinished, shard_ranges, Shards, workers
+from neuralsolver.shards import (
+    batch_ranges,
+    DamagedShard,
+    differences,
+    read_shard,
+    remove_unfinished,
+    shard_ranges,
+    Shards,
+    workers,
+)
 from .teachers import teacher_solver
 from .solvers import Solver, sample
-from .utils import atomic_path, check_choice, check_float, check_int, data_file, indexed_noise, package_root, sha256, split_names, write_json, write_text
+from neuralsolver.utils import (
+    atomic_path,
+    check_choice,
+    check_float,
+    check_int,
+    data_file,
+    indexed_noise,
+    package_root,
+    sha256,
+    split_names,
+    write_json,
+    write_text,
+)
 
 # %% ../nbs/measure/05_evaluate.ipynb #5c4dfc5a
-def read_profiles() -> pd.DataFrame: # one row a profile and architecture
+def read_profiles() -> pd.DataFrame:  # one row a profile and architecture
     "The table of defaults."
     return pd.read_csv(data_file('profiles.csv'), dtype=str, keep_default_na=False)
 
+
 def profile_defaults(
-    profile: str, # 'embedded' or 'paper'
-    architecture: str, # of the model, as in `model_architecture`
-) -> dict[str, str]: # field: value
+    profile: str,  # 'embedded' or 'paper'
+    architecture: str,  # of the model, as in `model_architecture`
+) -> dict[str, str]:  # field: value
     "The row of a profile that fits an architecture; a ValueError lists what there is."
-    table = read_profiles(); check_choice('profile', profile, table.profile.unique())
+    table = read_profiles()
+    check_choice('profile', profile, table.profile.unique())
     rows = table[(table.profile == profile) & table.architecture.isin(['*', architecture])]
-    if rows.empty: raise ValueError(f'profile={profile!r} has no row for {architecture}: it is for {", ".join(table[table.profile == profile].architecture)}.')
+    if rows.empty:
+        raise ValueError(
+            f'profile={profile!r} has no row for {architecture}: it is for {", ".join(table[table.profile == profile].architecture)}.'
+        )
     return rows.iloc[0].drop(['profile', 'architecture']).to_dict()
 
 # %% ../nbs/measure/05_evaluate.ipynb #db4591c0
-GRIDS_OF_TABLE_2 = {'log-snr': 'uniform-λ', 'time': 'uniform-t', 'optimized-log-snr': None, 'optimized': 'uniform-t-opt'} # ours: the paper's; its uniform-λ-opt is a worse minimum, see 06_exponential
-DEFAULT_SOLVERS = { # rows of the table, by the path of the model; the table searched on the model itself is added
+GRIDS_OF_TABLE_2 = {
+    'log-snr': 'uniform-λ',
+    'time': 'uniform-t',
+    'optimized-log-snr': None,
+    'optimized': 'uniform-t-opt',
+}  # ours: the paper's; its uniform-λ-opt is a worse minimum, see 06_exponential
+DEFAULT_SOLVERS = {  # rows of the table, by the path of the model; the table searched on the model itself is added
     'linear': ('euler', 'adam2', 'adam4', 'ipndm', 'heun-nfe', 'heun', 'flowdcn-b-2', 'sit-xl-2'),
-    'vp': ('ddim', 'dpm-solver-2@log-snr', 'dpm-solver-3@log-snr', 'dpm-solver++2s@log-snr', 'dpm-solver++2m', *(f'dpm-solver++3m@{g}' for g in GRIDS_OF_TABLE_2),
-           'unipc-2', 'unipc-2@quadratic', *(f'unipc-3@{g}' for g in GRIDS_OF_TABLE_2), 'deis-3', 'ipndm', 'ipndm-v', 'dit-xl-2'),
+    'vp': (
+        'ddim',
+        'dpm-solver-2@log-snr',
+        'dpm-solver-3@log-snr',
+        'dpm-solver++2s@log-snr',
+        'dpm-solver++2m',
+        *(f'dpm-solver++3m@{g}' for g in GRIDS_OF_TABLE_2),
+        'unipc-2',
+        'unipc-2@quadratic',
+        *(f'unipc-3@{g}' for g in GRIDS_OF_TABLE_2),
+        'deis-3',
+        'ipndm',
+        'ipndm-v',
+        'dit-xl-2',
+    ),
 }
-KID_PR_REAL = 1000 # real images behind KID, precision and recall (class-balanced)
-PRECISIONS = { # name: (dtype of the weights, dtype of autocast); tf32 is float32 with TF32 matrix products on CUDA
-    'float32': (torch.float32, None), 'tf32': (torch.float32, None), 'bfloat16': (torch.bfloat16, None), 'float16': (torch.float16, None),
-    'bfloat16-mixed': (torch.float32, torch.bfloat16), 'float16-mixed': (torch.float32, torch.float16),
+KID_PR_REAL = 1000  # real images behind KID, precision and recall (class-balanced)
+PRECISIONS = {  # name: (dtype of the weights, dtype of autocast); tf32 is float32 with TF32 matrix products on CUDA
+    'float32': (torch.float32, None),
+    'tf32': (torch.float32, None),
+    'bfloat16': (torch.bfloat16, None),
+    'float16': (torch.float16, None),
+    'bfloat16-mixed': (torch.float32, torch.bfloat16),
+    'float16-mixed': (torch.float32, torch.float16),
 }
-PROTOCOLS = {'fashion': ('fd', 'is', 'kid', 'precision', 'recall', 'accuracy'), 'adm': ('fid', 'sfid', 'is', 'precision', 'recall'), 'paper': ('fid', 'sfid', 'is', 'precision', 'recall')}
+PROTOCOLS = {
+    'fashion': ('fd', 'is', 'kid', 'precision', 'recall', 'accuracy'),
+    'adm': ('fid', 'sfid', 'is', 'precision', 'recall'),
+    'paper': ('fid', 'sfid', 'is', 'precision', 'recall'),
+}
 COMPILE = ('none', 'default', 'reduce-overhead', 'max-autotune')
 
 # %% ../nbs/measure/05_evaluate.ipynb #ea159f9b
 @dataclass(frozen=True)
 class Protocol:
     "What is evaluated and how; None = as the profile says. A bad value is a ValueError before any compute."
-    model: str = 'sit-tiny' # a name of `list_models()`, an official checkpoint of CHECKPOINTS, or NAME.safetensors with its card
-    steps: int = 8 # steps of every solver
-    samples: int | None = None # images per solver in all, split evenly over the seeds
-    guidance: float | None = None # classifier-free guidance scale; 1 = none
-    seeds: str | None = None # seeds of the noise, each 0 to 9999
-    solvers: str | None = None # 'default', or names separated by commas
-    teacher_steps: int | None = None # steps of the reference: Euler, or DDIM on the VP path
-    batch_size: int | None = None # images integrated at a time
-    device: str | None = None # torch device: 'cpu', 'cuda', 'cuda:1'
-    profile: str = 'embedded' # a profile of data/profiles.csv
-    protocol: str | None = None # which features, a key of PROTOCOLS
-    guided_channels: int | None = None # guide the first channels only; 0 = all
-    shard_batches: int | None = None # batches in a file of results
-    precision: str | None = None # a key of PRECISIONS
-    compile: str | None = None # one of COMPILE: mode of torch.compile
-    vae: str | None = None # 'none', or folder or repository of the autoencoder
-    vae_scale: float | None = None # factor between its latents and the network's
-    checkpoint: str = '' # local file of an official checkpoint; '' = look for it
-    inception: str = '' # local file of torch-fidelity's Inception weights; '' = look for it
-    reference: str = '' # adm: reference batch (.npz), '' = ADM's for this size; paper: folder of training images, or file of their statistics
-    images: str = '' # solvers whose images are kept and exported as .npz, separated by commas; 'all'
+
+    model: str = 'sit-tiny'  # a name of `list_models()`, an official checkpoint of CHECKPOINTS, or NAME.safetensors with its card
+    steps: int = 8  # steps of every solver
+    samples: int | None = None  # images per solver in all, split evenly over the seeds
+    guidance: float | None = None  # classifier-free guidance scale; 1 = none
+    seeds: str | None = None  # seeds of the noise, each 0 to 9999
+    solvers: str | None = None  # 'default', or names separated by commas
+    teacher_steps: int | None = None  # steps of the reference: Euler, or DDIM on the VP path
+    batch_size: int | None = None  # images integrated at a time
+    device: str | None = None  # torch device: 'cpu', 'cuda', 'cuda:1'
+    profile: str = 'embedded'  # a profile of data/profiles.csv
+    protocol: str | None = None  # which features, a key of PROTOCOLS
+    guided_channels: int | None = None  # guide the first channels only; 0 = all
+    shard_batches: int | None = None  # batches in a file of results
+    precision: str | None = None  # a key of PRECISIONS
+    compile: str | None = None  # one of COMPILE: mode of torch.compile
+    vae: str | None = None  # 'none', or folder or repository of the autoencoder
+    vae_scale: float | None = None  # factor between its latents and the network's
+    checkpoint: str = ''  # local file of an official checkpoint; '' = look for it
+    inception: str = ''  # local file of torch-fidelity's Inception weights; '' = look for it
+    reference: str = ''  # adm: reference batch (.npz), '' = ADM's for this size; paper: folder of training images, or file of their statistics
+    images: str = (
+        ''  # solvers whose images are kept and exported as .npz, separated by commas; 'all'
+    )
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)
-        if self.device is not None and not isinstance(self.device, str): put('device', str(self.device))
+        if self.device is not None and not isinstance(self.device, str):
+            put('device', str(self.device))
         defaults = profile_defaults(self.profile, model_architecture(self.model))
         for f in fields(self):
-            if f.name in defaults and getattr(self, f.name) is None: put(f.name, get_args(f.type)[0](defaults[f.name]))
+            if f.name in defaults and getattr(self, f.name) is None:
+                put(f.name, get_args(f.type)[0](defaults[f.name]))
         put('seeds', str(self.seeds))
-        for name in ('guidance', 'vae_scale'): put(name, check_float(name, getattr(self, name), low=0 if name == 'guidance' else 1e-6))
-        for name in ('steps', 'samples', 'teacher_steps', 'batch_size', 'shard_batches'): check_int(name, getattr(self, name))
+        for name in ('guidance', 'vae_scale'):
+            put(name, check_float(name, getattr(self, name), low=0 if name == 'guidance' else 1e-6))
+        for name in ('steps', 'samples', 'teacher_steps', 'batch_size', 'shard_batches'):
+            check_int(name, getattr(self, name))
         check_int('guided_channels', self.guided_channels, 0)
-        for name, allowed in (('protocol', PROTOCOLS), ('precision', PRECISIONS), ('compile', COMPILE)): check_choice(name, getattr(self, name), allowed)
+        for name, allowed in (
+            ('protocol', PROTOCOLS),
+            ('precision', PRECISIONS),
+            ('compile', COMPILE),
+        ):
+            check_choice(name, getattr(self, name), allowed)
         for s in split_names('seeds', self.seeds):
-            if not s.isdigit() or int(s) > 9999: raise ValueError(f'seeds={self.seeds!r} is not allowed: give distinct integers from 0 to 9999.')
+            if not s.isdigit() or int(s) > 9999:
+                raise ValueError(
+                    f'seeds={self.seeds!r} is not allowed: give distinct integers from 0 to 9999.'
+                )
         check_int('samples', self.samples, low=8 * len(self.seed_list))
-        check_device(self.device); self.check_parts()
+        check_device(self.device)
+        self.check_parts()
 
 # %% ../nbs/measure/05_evaluate.ipynb #0ce5b01b
 from fastcore.basics import patch, patch_to
 
+
 def check_device(device: str):
     "ValueError for a device that is not here."
-    try: kind = torch.device(device)
-    except RuntimeError as e: raise ValueError(f'device={device!r} is not a torch device: {str(e)[:100]}') from e
-    if kind.type == 'cpu': return
-    if kind.type != 'cuda' or not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f'device={device!r} cannot be used here: there are {torch.cuda.device_count()} CUDA devices. Give cpu (--p device cpu), or a device that is there.')
+    try:
+        kind = torch.device(device)
+    except RuntimeError as e:
+        raise ValueError(f'device={device!r} is not a torch device: {str(e)[:100]}') from e
+    if kind.type == 'cpu':
+        return
+    if (
+        kind.type != 'cuda'
+        or not torch.cuda.is_available()
+        or (kind.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ValueError(
+            f'device={device!r} cannot be used here: there are {torch.cuda.device_count()} CUDA devices. Give cpu (--p device cpu), or a device that is there.'
+        )
+
 
 @patch
-def check_parts(self:Protocol):
+def check_parts(self: Protocol):
     "Do model, solvers, features and images fit one another?"
     for name, solver in self.select()[0].items():
         if solver.path != self.path:
-            raise ValueError(f'solvers={self.solvers!r} is not allowed: {name!r} belongs to {solver.path}, {self.model} to {self.path}. '
-                             'Save it re-expressed by neuralsolver.change_path and name the file.')
+            raise ValueError(
+                f'solvers={self.solvers!r} is not allowed: {name!r} belongs to {solver.path}, {self.model} to {self.path}. '
+                'Save it re-expressed by neuralsolver.change_path and name the file.'
+            )
     shape = self.image_shape
-    if self.protocol == 'fashion' and shape != (1, 28, 28): raise ValueError(f'protocol=\'fashion\' is for images of 1 x 28 x 28, those of {self.model} are {" x ".join(map(str, shape))}: give adm or paper.')
-    if self.protocol != 'fashion' and shape[0] != 3: raise ValueError(f'protocol={self.protocol!r} needs colour images; those of {self.model} with vae={self.vae!r} are {" x ".join(map(str, shape))}.')
+    if self.protocol == 'fashion' and shape != (1, 28, 28):
+        raise ValueError(
+            f"protocol='fashion' is for images of 1 x 28 x 28, those of {self.model} are {' x '.join(map(str, shape))}: give adm or paper."
+        )
+    if self.protocol != 'fashion' and shape[0] != 3:
+        raise ValueError(
+            f'protocol={self.protocol!r} needs colour images; those of {self.model} with vae={self.vae!r} are {" x ".join(map(str, shape))}.'
+        )
     if self.protocol == 'paper' and not self.reference:
-        raise ValueError("protocol='paper' needs reference: a folder of training images, or a file of their statistics (the paper's own was never released). ADM's reference batch: protocol='adm'.")
-    if self.reference: check_reference(self.reference)
-    if self.checkpoint and self.model not in CHECKPOINTS: raise ValueError(f'checkpoint={self.checkpoint!r} is for official checkpoints ({", ".join(CHECKPOINTS)}), not for {self.model!r}.')
+        raise ValueError(
+            "protocol='paper' needs reference: a folder of training images, or a file of their statistics (the paper's own was never released). ADM's reference batch: protocol='adm'."
+        )
+    if self.reference:
+        check_reference(self.reference)
+    if self.checkpoint and self.model not in CHECKPOINTS:
+        raise ValueError(
+            f'checkpoint={self.checkpoint!r} is for official checkpoints ({", ".join(CHECKPOINTS)}), not for {self.model!r}.'
+        )
     unknown = [n for n in self.image_names if n not in (*self.select()[0], 'teacher')]
-    if unknown: raise ValueError(f'images={self.images!r} is not allowed: {", ".join(unknown)} is not a row of this table ({", ".join(self.select()[0])}, teacher).')
-    if self.image_names and shape[0] != 3: raise ValueError(f'images={self.images!r} is for colour images; those of {self.model} are {" x ".join(map(str, shape))}.')
-    if self.vae != 'none' and self.sample_shape[0] < 4: raise ValueError(f'vae={self.vae!r} decodes latents of at least 4 channels; {self.model} has {self.sample_shape[0]}: give vae=none (--p vae none).')
-    if self.vae != 'none' and importlib.util.find_spec('diffusers') is None: raise ValueError(f'vae={self.vae!r} needs diffusers: pip install "neuralsolver[diffusers]".')
-    if self.model == 'fashion-mixture' and self.precision != 'float32': raise ValueError(f'precision={self.precision!r} is for networks; fashion-mixture is a formula: give float32.')
+    if unknown:
+        raise ValueError(
+            f'images={self.images!r} is not allowed: {", ".join(unknown)} is not a row of this table ({", ".join(self.select()[0])}, teacher).'
+        )
+    if self.image_names and shape[0] != 3:
+        raise ValueError(
+            f'images={self.images!r} is for colour images; those of {self.model} are {" x ".join(map(str, shape))}.'
+        )
+    if self.vae != 'none' and self.sample_shape[0] < 4:
+        raise ValueError(
+            f'vae={self.vae!r} decodes latents of at least 4 channels; {self.model} has {self.sample_shape[0]}: give vae=none (--p vae none).'
+        )
+    if self.vae != 'none' and importlib.util.find_spec('diffusers') is None:
+        raise ValueError(
+            f'vae={self.vae!r} needs diffusers: pip install "neuralsolver[diffusers]".'
+        )
+    if self.model == 'fashion-mixture' and self.precision != 'float32':
+        raise ValueError(
+            f'precision={self.precision!r} is for networks; fashion-mixture is a formula: give float32.'
+        )
 
 # %% ../nbs/measure/05_evaluate.ipynb #35afec75
 @patch(as_prop=True)
-def path(self:Protocol) -> NoisePath:
+def path(self: Protocol) -> NoisePath:
     "The path of the model."
     return model_path(self.model)
 
+
 @patch(as_prop=True)
-def family(self:Protocol) -> str:
+def family(self: Protocol) -> str:
     "'linear' or 'vp'."
     return 'linear' if self.path.coordinates == 'velocity' else 'vp'
 
+
 @patch(as_prop=True)
-def sample_shape(self:Protocol) -> tuple[int, int, int]:
+def sample_shape(self: Protocol) -> tuple[int, int, int]:
     "Shape of one state of the sampler."
-    if self.model == 'fashion-mixture': return 1, 28, 28
-    if self.model in CHECKPOINTS: return 4, CHECKPOINTS[self.model].input_size, CHECKPOINTS[self.model].input_size
+    if self.model == 'fashion-mixture':
+        return 1, 28, 28
+    if self.model in CHECKPOINTS:
+        return 4, CHECKPOINTS[self.model].input_size, CHECKPOINTS[self.model].input_size
     config = load_card(model_file(self.model))['config']
     return config['in_channels'], config['input_size'], config['input_size']
 
+
 @patch(as_prop=True)
-def image_shape(self:Protocol) -> tuple[int, int, int]:
+def image_shape(self: Protocol) -> tuple[int, int, int]:
     "Shape of one image; an autoencoder of Stable Diffusion's kind makes 8 pixels of a latent's side."
     return self.sample_shape if self.vae == 'none' else (3, *(8 * n for n in self.sample_shape[1:]))
 
+
 @patch(as_prop=True)
-def seed_list(self:Protocol) -> list[int]:
+def seed_list(self: Protocol) -> list[int]:
     "The seeds as integers."
     return [int(s) for s in split_names('seeds', self.seeds)]
 
+
 @patch(as_prop=True)
-def counts(self:Protocol) -> list[int]:
+def counts(self: Protocol) -> list[int]:
     "Images per seed; they differ by one at most."
     whole, rest = divmod(self.samples, len(self.seed_list))
     return [whole + (i < rest) for i in range(len(self.seed_list))]
 
+
 @patch(as_prop=True)
-def image_names(self:Protocol) -> list[str]:
+def image_names(self: Protocol) -> list[str]:
     "Rows whose images are kept."
-    if self.images == 'all': return [*self.select()[0], 'teacher']
+    if self.images == 'all':
+        return [*self.select()[0], 'teacher']
     return split_names('images', self.images) if self.images else []
 
 # %% ../nbs/measure/05_evaluate.ipynb #1d18504a
 @patch
-def select(self:Protocol) -> tuple[dict[str, Solver], dict[str, str]]: # (solvers by name, names left out: reason)
+def select(
+    self: Protocol,
+) -> tuple[dict[str, Solver], dict[str, str]]:  # (solvers by name, names left out: reason)
     "The solvers of the table. A name asked for that has no table for this step count is an error; a default one is left out."
-    if self.solvers != 'default': return {n: get_solver(n, self.steps, self.path) for n in split_names('solvers', self.solvers)}, {}
-    chosen, left_out, own = {}, {}, [] if self.model in CHECKPOINTS or self.model.endswith('.safetensors') else [self.model]
+    if self.solvers != 'default':
+        return {
+            n: get_solver(n, self.steps, self.path) for n in split_names('solvers', self.solvers)
+        }, {}
+    chosen, left_out, own = (
+        {},
+        {},
+        [] if self.model in CHECKPOINTS or self.model.endswith('.safetensors') else [self.model],
+    )
     for name in (*DEFAULT_SOLVERS[self.family], *own):
         tables = list_solvers().get(name)
-        if name.partition('@')[0] in (*CLASSICAL, *EXPONENTIAL) or (tables and self.steps in tables): chosen[name] = get_solver(name, self.steps, self.path)
-        else: left_out[name] = f'no table for {self.steps} steps' + (f' (there are {", ".join(map(str, tables))})' if tables else '')
+        if name.partition('@')[0] in (*CLASSICAL, *EXPONENTIAL) or (
+            tables and self.steps in tables
+        ):
+            chosen[name] = get_solver(name, self.steps, self.path)
+        else:
+            left_out[name] = f'no table for {self.steps} steps' + (
+                f' (there are {", ".join(map(str, tables))})' if tables else ''
+            )
     return chosen, left_out
 
+
 @patch
-def notes(self:Protocol) -> list[str]:
+def notes(self: Protocol) -> list[str]:
     "What a reader must know about rows that do not simply make one step an evaluation, and about rows left out."
     chosen, left_out = self.select()
-    return [f'{n} spends {s.nfe} evaluations, not {self.steps}.' for n, s in chosen.items() if s.nfe != self.steps] + \
-           [f'{n}: its {s.nfe} evaluations make {s.steps} steps.' for n, s in chosen.items() if s.steps != s.nfe == self.steps] + \
-           [f'Left out: {n}, {why}.' for n, why in left_out.items()] + \
-           ([f'{min(self.counts)} images are fewer than the 2,048 features: most of a FID is then bias.'] if self.protocol != 'fashion' and min(self.counts) < 2048 else [])
+    return (
+        [
+            f'{n} spends {s.nfe} evaluations, not {self.steps}.'
+            for n, s in chosen.items()
+            if s.nfe != self.steps
+        ]
+        + [
+            f'{n}: its {s.nfe} evaluations make {s.steps} steps.'
+            for n, s in chosen.items()
+            if s.steps != s.nfe == self.steps
+        ]
+        + [f'Left out: {n}, {why}.' for n, why in left_out.items()]
+        + (
+            [
+                f'{min(self.counts)} images are fewer than the 2,048 features: most of a FID is then bias.'
+            ]
+            if self.protocol != 'fashion' and min(self.counts) < 2048
+            else []
+        )
+    )
+
 
 @patch_to(Protocol, cls_method=True)
 def from_parameters(
-    cls:Protocol, # the class
-    **parameters, # of a papermill notebook: '', 0 and -1 mean as the profile says
+    cls: Protocol,  # the class
+    **parameters,  # of a papermill notebook: '', 0 and -1 mean as the profile says
 ) -> Protocol:
     "A protocol from flat parameters."
-    def unsaid(name, value): # by the type of the field: `--p seeds 0` arrives as a number, and is a seed
-        kind = next((get_args(f.type)[0] for f in fields(cls) if f.name == name and f.default is None), None)
-        if kind is str or isinstance(value, str): return kind is not None and value == ''
+
+    def unsaid(
+        name, value
+    ):  # by the type of the field: `--p seeds 0` arrives as a number, and is a seed
+        kind = next(
+            (get_args(f.type)[0] for f in fields(cls) if f.name == name and f.default is None), None
+        )
+        if kind is str or isinstance(value, str):
+            return kind is not None and value == ''
         return kind is not None and value == (-1 if name in ('guidance', 'guided_channels') else 0)
+
     return cls(**{k: v for k, v in parameters.items() if not unsaid(k, v)})
 
 # %% ../nbs/measure/05_evaluate.ipynb #325988b0
 class Prepared(nn.Module):
     "A network that runs under autocast, or whose output is copied out of a buffer; its attributes are those of the network."
-    def __init__(self, net: nn.Module, dtype: torch.dtype | None, copies: bool): super().__init__(); self.net, self.dtype, self.copies = net, dtype, copies
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype | None, copies: bool):
+        super().__init__()
+        self.net, self.dtype, self.copies = net, dtype, copies
 
     def __getattr__(self, name):
-        try: return super().__getattr__(name)
-        except AttributeError: return getattr(super().__getattr__('net'), name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__('net'), name)
 
     def forward(self, x: Tensor, *args) -> Tensor:
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None): out = self.net(x, *args)
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None):
+            out = self.net(x, *args)
         return out.clone() if self.copies else out
 
+
 def prepare(
-    net: nn.Module, # on its device
-    precision: str = 'float32', # a key of PRECISIONS
-    compile: str = 'none', # one of COMPILE
+    net: nn.Module,  # on its device
+    precision: str = 'float32',  # a key of PRECISIONS
+    compile: str = 'none',  # one of COMPILE
 ) -> nn.Module:
     "The network in the numbers and the form it is to run in."
-    dtype, inside = PRECISIONS[check_choice('precision', precision, PRECISIONS)]; net = net.to(dtype)
-    if check_choice('compile', compile, COMPILE) != 'none': net = torch.compile(net, mode=compile, dynamic=False) # a short last batch gets kernels of its own
-    buffers = compile in ('reduce-overhead', 'max-autotune') # their CUDA graphs write every output to the same place; multistep solvers keep the last ones
+    dtype, inside = PRECISIONS[check_choice('precision', precision, PRECISIONS)]
+    net = net.to(dtype)
+    if check_choice('compile', compile, COMPILE) != 'none':
+        net = torch.compile(
+            net, mode=compile, dynamic=False
+        )  # a short last batch gets kernels of its own
+    buffers = (
+        compile in ('reduce-overhead', 'max-autotune')
+    )  # their CUDA graphs write every output to the same place; multistep solvers keep the last ones
     return Prepared(net, inside, buffers) if inside or buffers else net
+
 
 @contextlib.contextmanager
 def tf32(
-    precision: str, # a key of PRECISIONS
+    precision: str,  # a key of PRECISIONS
 ):
     "TF32 matrix products and convolutions for 'tf32', and only then; undone afterwards."
-    before, on = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32), precision == 'tf32'
-    torch.set_float32_matmul_precision('high' if on else 'highest'); torch.backends.cudnn.allow_tf32 = on
-    try: yield
-    finally: torch.set_float32_matmul_precision(before[0]); torch.backends.cudnn.allow_tf32 = before[1]
+    before, on = (
+        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32),
+        precision == 'tf32',
+    )
+    torch.set_float32_matmul_precision('high' if on else 'highest')
+    torch.backends.cudnn.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 # %% ../nbs/measure/05_evaluate.ipynb #209484e2
 def end_points(
-    field: Field, # guided field
-    noise: Tensor, # initial states [n, ...]
-    labels: Tensor, # class labels [n]
-    solver: Solver, # any solver
-    batch_size: int, # states integrated at a time
-    bar: tqdm | None = None, # progress bar that counts images x NFE
-) -> tuple[Tensor, float]: # final states [n, ...] on the CPU, seconds of sampling
+    field: Field,  # guided field
+    noise: Tensor,  # initial states [n, ...]
+    labels: Tensor,  # class labels [n]
+    solver: Solver,  # any solver
+    batch_size: int,  # states integrated at a time
+    bar: tqdm | None = None,  # progress bar that counts images x NFE
+) -> tuple[Tensor, float]:  # final states [n, ...] on the CPU, seconds of sampling
     "Sample in batches; the result does not depend on their size but for rounding."
-    out, seconds = [], 0.
+    out, seconds = [], 0.0
     with torch.inference_mode():
         for x, y in zip(noise.split(batch_size), labels.split(batch_size)):
-            start = time.perf_counter(); out.append(sample(field, x, solver, y).cpu()); seconds += time.perf_counter() - start
-            if bar is not None: bar.update(len(x) * solver.nfe)
+            start = time.perf_counter()
+            out.append(sample(field, x, solver, y).cpu())
+            seconds += time.perf_counter() - start
+            if bar is not None:
+                bar.update(len(x) * solver.nfe)
     return torch.cat(out), seconds
 
 # %% ../nbs/measure/05_evaluate.ipynb #2742c1ce
-SOURCES = { # what makes the numbers of a shard: module: names in it; all of it if there are none
-    'paths': (), 'fields': (), 'solvers': (), 'kernels': (), 'models': (), 'utils': ('indexed_noise',), 'data': ('to_uint8', 'to_float'), 'shards': ('shard_ranges', 'batch_ranges'),
-    'metrics': ('FashionClassifier', 'extract', '_extractor_class'), 'inception': ('Inception',), 'evaluate': ('Prepared', 'prepare', 'tf32', 'end_points', 'FashionExtractor', 'Sampler', 'shard', 'PRECISIONS'),
+SOURCES = {  # what makes the numbers of a shard: module: names in it; all of it if there are none
+    'paths': (),
+    'fields': (),
+    'solvers': (),
+    'kernels': (),
+    'models': (),
+    'utils': ('indexed_noise',),
+    'data': ('to_uint8', 'to_float'),
+    'shards': ('shard_ranges', 'batch_ranges'),
+    'metrics': ('FashionClassifier', 'extract', '_extractor_class'),
+    'inception': ('Inception',),
+    'evaluate': (
+        'Prepared',
+        'prepare',
+        'tf32',
+        'end_points',
+        'FashionExtractor',
+        'Sampler',
+        'shard',
+        'PRECISIONS',
+    ),
 }
 
+
 @functools.lru_cache
-def code_digest() -> str: # 12 hexadecimal digits
+def code_digest() -> str:  # 12 hexadecimal digits
     "Hash of the code that makes the numbers: results of other code are not gone on with."
     h = hashlib.sha256()
     for module, names in SOURCES.items():
         text = (package_root() / f'{module}.py').read_text(encoding='utf-8')
         for node in ast.parse(text).body:
-            own = [getattr(node, 'name', None), *(t.id for t in getattr(node, 'targets', []) if isinstance(t, ast.Name))]
-            if not names or set(own) & set(names): h.update(ast.unparse(node).encode()) # without comments
+            own = [
+                getattr(node, 'name', None),
+                *(t.id for t in getattr(node, 'targets', []) if isinstance(t, ast.Name)),
+            ]
+            if not names or set(own) & set(names):
+                h.update(ast.unparse(node).encode())  # without comments
     return h.hexdigest()[:12]
+
 
 class FashionExtractor:
     "The classifier of `01_metrics` as an extractor of shards."
-    def __call__(self, images: Tensor) -> dict[str, Tensor]: return extract(images, len(images))._asdict()
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        return extract(images, len(images))._asdict()
+
 
 @patch
-def common(self:Protocol) -> dict:
+def common(self: Protocol) -> dict:
     "The part of every row's identity that files and hashes go into; fetches what is missing."
-    vae = {f: sha256(vae_folder(self.vae) / f) for f in VAE_FILES} | dict(scale=self.vae_scale) if self.vae != 'none' else 'none'
-    extractor = extractor_name() if self.protocol == 'fashion' else f'inception-{sha256(inception_file(self.inception))[:10]}'
-    return dict(code=code_digest(), torch=torch.__version__, model=self.model, weights=sha256(model_file(self.model, self.checkpoint or None)), path=repr(self.path), guidance=self.guidance,
-                guided_channels=self.guided_channels or 'all', labels='index mod classes', noise='Philox, one generator per (seed, index)', batch_size=self.batch_size,
-                precision=self.precision, compile=self.compile, device=torch.device(self.device).type, vae=vae, extractor=extractor, uint8='floor(clip((x + 1) * 127.5 + 0.5, 0, 255))')
+    vae = (
+        {f: sha256(vae_folder(self.vae) / f) for f in VAE_FILES} | dict(scale=self.vae_scale)
+        if self.vae != 'none'
+        else 'none'
+    )
+    extractor = (
+        extractor_name()
+        if self.protocol == 'fashion'
+        else f'inception-{sha256(inception_file(self.inception))[:10]}'
+    )
+    return dict(
+        code=code_digest(),
+        torch=torch.__version__,
+        model=self.model,
+        weights=sha256(model_file(self.model, self.checkpoint or None)),
+        path=repr(self.path),
+        guidance=self.guidance,
+        guided_channels=self.guided_channels or 'all',
+        labels='index mod classes',
+        noise='Philox, one generator per (seed, index)',
+        batch_size=self.batch_size,
+        precision=self.precision,
+        compile=self.compile,
+        device=torch.device(self.device).type,
+        vae=vae,
+        extractor=extractor,
+        uint8='floor(clip((x + 1) * 127.5 + 0.5, 0, 255))',
+    )
+
 
 @patch
 def folders(
-    self:Protocol,
-    shards_dir: str | os.PathLike, # of all evaluations
-    common: dict, # from `common`
-) -> dict[tuple[str, int], Shards]: # by row and seed; the teacher first
+    self: Protocol,
+    shards_dir: str | os.PathLike,  # of all evaluations
+    common: dict,  # from `common`
+) -> dict[tuple[str, int], Shards]:  # by row and seed; the teacher first
     "Where every row of every seed lies."
-    teacher = teacher_solver(self.teacher_steps, self.path); out = {}
+    teacher = teacher_solver(self.teacher_steps, self.path)
+    out = {}
     for name, solver in {'teacher': teacher, **self.select()[0]}.items():
         for seed, n in zip(self.seed_list, self.counts):
-            identity = common | dict(solver=solver.digest, teacher=teacher.digest, seed=seed, images=name in self.image_names)
+            identity = common | dict(
+                solver=solver.digest,
+                teacher=teacher.digest,
+                seed=seed,
+                images=name in self.image_names,
+            )
             shards = Shards('', identity, shard_ranges(n, self.batch_size, self.shard_batches))
-            shards.folder = Path(shards_dir) / Path(self.model).stem / f'{Path(name).stem}-{seed}-{shards.digest}'
+            shards.folder = (
+                Path(shards_dir)
+                / Path(self.model).stem
+                / f'{Path(name).stem}-{seed}-{shards.digest}'
+            )
             out[name, seed] = shards
     return out
 
 # %% ../nbs/measure/05_evaluate.ipynb #63ca72ce
 class Sampler:
     "Everything that makes shards: network, autoencoder, extractor; loaded at the first use."
-    def __init__(self, p: Protocol, device: torch.device, bar: tqdm, process: str = '0 of 1'): self.p, self.device, self.bar, self.process = p, device, bar, process
+
+    def __init__(self, p: Protocol, device: torch.device, bar: tqdm, process: str = '0 of 1'):
+        self.p, self.device, self.bar, self.process = p, device, bar, process
 
     @functools.cached_property
     def field(self) -> Field:
-        p = self.p; net = load_model(p.model, self.device, p.checkpoint or None)
-        return Field(prepare(net, p.precision, p.compile), guidance=p.guidance, guided_channels=p.guided_channels or p.sample_shape[0])
+        p = self.p
+        net = load_model(p.model, self.device, p.checkpoint or None)
+        return Field(
+            prepare(net, p.precision, p.compile),
+            guidance=p.guidance,
+            guided_channels=p.guided_channels or p.sample_shape[0],
+        )
 
     @functools.cached_property
-    def vae(self): return None if self.p.vae == 'none' else Autoencoder(self.p.vae, self.device, self.p.vae_scale, autocast=PRECISIONS[self.p.precision][1])
+    def vae(self):
+        return (
+            None
+            if self.p.vae == 'none'
+            else Autoencoder(
+                self.p.vae, self.device, self.p.vae_scale, autocast=PRECISIONS[self.p.precision][1]
+            )
+        )
 
     @functools.cached_property
-    def extractor(self): return FashionExtractor() if self.p.protocol == 'fashion' else Inception(inception_file(self.p.inception), self.device)
+    def extractor(self):
+        return (
+            FashionExtractor()
+            if self.p.protocol == 'fashion'
+            else Inception(inception_file(self.p.inception), self.device)
+        )
 
-    def batch(self, solver: Solver, seed: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, float]: # end points [n, ...], images uint8 [n, C, H, W], which are finite [n], seconds of sampling
+    def batch(
+        self, solver: Solver, seed: int, start: int, stop: int
+    ) -> tuple[
+        Tensor, Tensor, Tensor, float
+    ]:  # end points [n, ...], images uint8 [n, C, H, W], which are finite [n], seconds of sampling
         "Samples start..stop-1 of a seed; an end point or a decoded image that is not finite becomes a grey image, and is marked."
         noise = indexed_noise(range(start, stop), self.p.sample_shape, seed, device=self.device)
         labels = torch.arange(start, stop, device=self.device) % self.field.null_label
         with tf32(self.p.precision):
             x, seconds = end_points(self.field, noise, labels, solver, stop - start, self.bar)
-            images = x if self.vae is None else self.vae.decode(x.nan_to_num(0, 0, 0).to(self.device)).cpu()
+            images = (
+                x
+                if self.vae is None
+                else self.vae.decode(x.nan_to_num(0, 0, 0).to(self.device)).cpu()
+            )
         finite = x.flatten(1).isfinite().all(1) & images.flatten(1).isfinite().all(1)
         return x, to_uint8(images.nan_to_num(0, 1, -1)), finite, seconds
 
 # %% ../nbs/measure/05_evaluate.ipynb #1f4e82c4
-EXAMPLES = 10 # images shown in the figures: the first of the first seed
+EXAMPLES = 10  # images shown in the figures: the first of the first seed
+
 
 @patch
 def shard(
-    self:Sampler,
-    shards: Shards, # of the row and seed
-    solver: Solver, # of the row
-    seed: int, # of the noise
-    start: int, # first sample
-    stop: int, # sample after the last
-    target: Tensor | None, # the teacher's end points [stop - start, ...]; None for the teacher itself
+    self: Sampler,
+    shards: Shards,  # of the row and seed
+    solver: Solver,  # of the row
+    seed: int,  # of the noise
+    start: int,  # first sample
+    stop: int,  # sample after the last
+    target: Tensor
+    | None,  # the teacher's end points [stop - start, ...]; None for the teacher itself
 ):
     "Compute and write one shard."
-    parts, examples, seconds = [], [], 0.
+    parts, examples, seconds = [], [], 0.0
     for a, b in batch_ranges(start, stop, self.p.batch_size):
-        x, images, finite, spent = self.batch(solver, seed, a, b); seconds += spent
-        error = (x - (x if target is None else target[a - start:b - start])).double().square().flatten(1).mean(1)
+        x, images, finite, spent = self.batch(solver, seed, a, b)
+        seconds += spent
+        error = (
+            (x - (x if target is None else target[a - start : b - start]))
+            .double()
+            .square()
+            .flatten(1)
+            .mean(1)
+        )
         part = self.extractor(images) | dict(square_error=error)
         for k in ('features', 'logits', 'spatial'):
-            if k in part: part[k][~finite] = math.nan # no metric may be computed from a grey stand-in
-        if target is None: part['end_point'] = x
-        if shards.protocol['images']: part['images'] = images
-        if a < EXAMPLES: examples.append(images[:EXAMPLES - a])
+            if k in part:
+                part[k][~finite] = math.nan  # no metric may be computed from a grey stand-in
+        if target is None:
+            part['end_point'] = x
+        if shards.protocol['images']:
+            part['images'] = images
+        if a < EXAMPLES:
+            examples.append(images[: EXAMPLES - a])
         parts.append(part)
     tensors = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-    shards.write(start, stop, tensors | (dict(examples=torch.cat(examples)) if examples else {}), seconds=seconds, hardware=hardware(self.device), process=self.process)
+    shards.write(
+        start,
+        stop,
+        tensors | (dict(examples=torch.cat(examples)) if examples else {}),
+        seconds=seconds,
+        hardware=hardware(self.device),
+        process=self.process,
+    )
+
 
 def hardware(device: str | torch.device) -> str:
     "The machine, in words."
     device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == 'cuda'
+        else f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
+    )
 
 # %% ../nbs/measure/05_evaluate.ipynb #3201f8de
 def compute_shards(
-    p: Protocol, # what is evaluated
-    shards_dir: str | os.PathLike, # where the shards go; one folder for all processes and machines
-    progress: bool = True, # tqdm progress bar of this process
+    p: Protocol,  # what is evaluated
+    shards_dir: str | os.PathLike,  # where the shards go; one folder for all processes and machines
+    progress: bool = True,  # tqdm progress bar of this process
 ):
     "This process's share of the shards that are missing or damaged; returns when all processes are done."
     state = workers(p.device)
-    with state.local_main_process_first(): common = p.common(); reference_source(p) # one process of a machine fetches
+    with state.local_main_process_first():
+        common = p.common()
+        reference_source(p)  # one process of a machine fetches
     if state.is_main_process:
         remove_unfinished(shards_dir)
-        if p.protocol != 'fashion' and not Path(reference_source(p)).is_dir(): reference_of(p, shards_dir, progress) # what is wrong with it is said before hours of sampling; a folder is read afterwards, it takes an hour itself
+        if p.protocol != 'fashion' and not Path(reference_source(p)).is_dir():
+            reference_of(
+                p, shards_dir, progress
+            )  # what is wrong with it is said before hours of sampling; a folder is read afterwards, it takes an hour itself
     folders = p.folders(shards_dir, common)
-    if state.is_main_process: say_what_differs(folders)
+    if state.is_main_process:
+        say_what_differs(folders)
     solvers = {'teacher': teacher_solver(p.teacher_steps, p.path), **p.select()[0]}
     device = torch.device(p.device) if state.num_processes == 1 else state.device
-    units = [(seed, r, [n for n in solvers if not folders[n, seed].done(*r)]) for seed in p.seed_list for r in folders['teacher', seed].ranges]
-    state.wait_for_everyone() # no rank writes before all have the same list
-    todo = [unit for unit in units if unit[2]][state.process_index::state.num_processes]
+    units = [
+        (seed, r, [n for n in solvers if not folders[n, seed].done(*r)])
+        for seed in p.seed_list
+        for r in folders['teacher', seed].ranges
+    ]
+    state.wait_for_everyone()  # no rank writes before all have the same list
+    todo = [unit for unit in units if unit[2]][state.process_index :: state.num_processes]
     total = sum((b - a) * solvers[n].nfe for _, (a, b), names in todo for n in names)
-    with tqdm(total=total, desc=f'{p.model}, {p.steps} steps', unit='image·NFE', disable=not progress or not total, mininterval=2) as bar:
+    with tqdm(
+        total=total,
+        desc=f'{p.model}, {p.steps} steps',
+        unit='image·NFE',
+        disable=not progress or not total,
+        mininterval=2,
+    ) as bar:
         sampler = Sampler(p, device, bar, f'{state.process_index} of {state.num_processes}')
         for seed, (a, b), names in todo:
-            for name in names: # the teacher comes first
-                target = None if name == 'teacher' else folders['teacher', seed].rows('end_point')[a:b]
+            for name in names:  # the teacher comes first
+                target = (
+                    None if name == 'teacher' else folders['teacher', seed].rows('end_point')[a:b]
+                )
                 sampler.shard(folders[name, seed], solvers[name], seed, a, b, target)
     state.wait_for_everyone()
+
 
 def say_what_differs(folders: dict[tuple[str, int], Shards]):
     "Name the results of other protocols that lie beside a row which begins anew."
     for (name, seed), shards in folders.items():
-        start = shards.folder.name.removesuffix(shards.digest); others = [f for f in shards.folder.parent.glob(f'{start}*') if f != shards.folder and any(f.glob('*.safetensors'))]
+        start = shards.folder.name.removesuffix(shards.digest)
+        others = [
+            f
+            for f in shards.folder.parent.glob(f'{start}*')
+            if f != shards.folder and any(f.glob('*.safetensors'))
+        ]
         if others and not shards.folder.exists():
-            try: known = read_shard(next(others[-1].glob('*.safetensors')))[1]['protocol']
-            except DamagedShard: continue
-            print(f'{name}, seed {seed}: {others[-1].name} is of another protocol ({differences(known, shards.protocol)}); computed anew.'); return
+            try:
+                known = read_shard(next(others[-1].glob('*.safetensors')))[1]['protocol']
+            except DamagedShard:
+                continue
+            print(
+                f'{name}, seed {seed}: {others[-1].name} is of another protocol ({differences(known, shards.protocol)}); computed anew.'
+            )
+            return
 
 # %% ../nbs/measure/05_evaluate.ipynb #698b9f08
 def measure(
-    p: Protocol, # what is evaluated
-    shards: Shards, # complete, of one row and seed
-    reference, # from `reference_of`
-) -> dict[str, float]: # metrics of the protocol, rmse, seconds
+    p: Protocol,  # what is evaluated
+    shards: Shards,  # complete, of one row and seed
+    reference,  # from `reference_of`
+) -> dict[str, float]:  # metrics of the protocol, rmse, seconds
     "The numbers of one row and seed, read from its shards."
-    error = shards.rows('square_error')[:]; out = dict(rmse=error.mean().sqrt().item(), seconds=sum(c['seconds'] for c in shards.cards()))
-    if not math.isfinite(out['rmse']): out['rmse'] = math.nan
-    if not all(block.isfinite().all() for block in blocks(shards.rows('features'))): return dict.fromkeys(PROTOCOLS[p.protocol], math.nan) | out # a sample of this row
-    if p.protocol != 'fashion': return image_metrics({k: shards.rows(k) for k in ('features', 'spatial', 'logits')}, reference, p.device) | out
+    error = shards.rows('square_error')[:]
+    out = dict(rmse=error.mean().sqrt().item(), seconds=sum(c['seconds'] for c in shards.cards()))
+    if not math.isfinite(out['rmse']):
+        out['rmse'] = math.nan
+    if not all(block.isfinite().all() for block in blocks(shards.rows('features'))):
+        return dict.fromkeys(PROTOCOLS[p.protocol], math.nan) | out  # a sample of this row
+    if p.protocol != 'fashion':
+        return (
+            image_metrics(
+                {k: shards.rows(k) for k in ('features', 'spatial', 'logits')}, reference, p.device
+            )
+            | out
+        )
     labels = torch.arange(len(shards)) % 10
-    return compute_metrics(Features(shards.rows('features')[:], shards.rows('logits')[:]), labels, reference) | out
+    return (
+        compute_metrics(
+            Features(shards.rows('features')[:], shards.rows('logits')[:]), labels, reference
+        )
+        | out
+    )
+
 
 def reference_source(p: Protocol) -> str | os.PathLike | None:
     "Folder or file of real images; fetched if it is ADM's. Asked for before anything is sampled."
-    if p.protocol == 'fashion': return None
+    if p.protocol == 'fashion':
+        return None
     return check_reference(p.reference) if p.reference else adm_reference_file(p.image_shape[1])
+
 
 def reference_of(p: Protocol, shards_dir: str | os.PathLike, progress: bool = True):
     "Statistics of real images for a protocol; what takes long is kept beside the shards."
-    if p.protocol == 'fashion': return (ref := load_reference())._replace(features=ref.features[:KID_PR_REAL])
-    return read_reference(reference_source(p), Inception(inception_file(p.inception), torch.device(p.device)), p.image_shape[1], cache=Path(shards_dir) / 'reference', progress=progress)
+    if p.protocol == 'fashion':
+        return (ref := load_reference())._replace(features=ref.features[:KID_PR_REAL])
+    return read_reference(
+        reference_source(p),
+        Inception(inception_file(p.inception), torch.device(p.device)),
+        p.image_shape[1],
+        cache=Path(shards_dir) / 'reference',
+        progress=progress,
+    )
+
 
 def real_rows(p: Protocol, reference) -> list[dict]:
     "Metrics of real images, one a seed; empty when there are too few."
-    if p.protocol != 'fashion': return [] if reference.features is None else [dict(fid=frechet_distance(moments(reference.features), (reference.mu, reference.sigma)), samples=len(reference.features))]
-    features, labels = real_test(); ends = np.cumsum(p.counts)
+    if p.protocol != 'fashion':
+        return (
+            []
+            if reference.features is None
+            else [
+                dict(
+                    fid=frechet_distance(
+                        moments(reference.features), (reference.mu, reference.sigma)
+                    ),
+                    samples=len(reference.features),
+                )
+            ]
+        )
+    features, labels = real_test()
+    ends = np.cumsum(p.counts)
     parts = [slice(b - n, b) for b, n in zip(ends, p.counts) if b <= len(labels)]
-    return [compute_metrics(Features(*(v[part] for v in features)), labels[part], reference) for part in parts]
+    return [
+        compute_metrics(Features(*(v[part] for v in features)), labels[part], reference)
+        for part in parts
+    ]
 
 # %% ../nbs/measure/05_evaluate.ipynb #0fbf2f5f
 def evaluate(
-    protocol: Protocol, # what to evaluate
-    progress: bool = True, # tqdm progress bar
-    shards_dir: str | os.PathLike | None = None, # where results are kept and gone on from; None = a folder that is removed afterwards
-    processes: int = 1, # processes started here, one a GPU; under `accelerate launch` leave it at 1
-) -> tuple[pd.DataFrame, dict[str, Tensor]]: # one row per solver; uint8 example images [10, C, H, W] by row name
+    protocol: Protocol,  # what to evaluate
+    progress: bool = True,  # tqdm progress bar
+    shards_dir: str
+    | os.PathLike
+    | None = None,  # where results are kept and gone on from; None = a folder that is removed afterwards
+    processes: int = 1,  # processes started here, one a GPU; under `accelerate launch` leave it at 1
+) -> tuple[
+    pd.DataFrame, dict[str, Tensor]
+]:  # one row per solver; uint8 example images [10, C, H, W] by row name
     "Sample every solver from the same noise and measure; rows: solvers, teacher, real images."
     if shards_dir is None:
-        with tempfile.TemporaryDirectory() as d: return evaluate(protocol, progress, d, processes)
+        with tempfile.TemporaryDirectory() as d:
+            return evaluate(protocol, progress, d, processes)
     p = protocol
-    if check_int('processes', processes) == 1: compute_shards(p, shards_dir, progress)
-    else: launch(p, shards_dir, processes)
+    if check_int('processes', processes) == 1:
+        compute_shards(p, shards_dir, progress)
+    else:
+        launch(p, shards_dir, processes)
     return evaluate_shards(p, shards_dir, progress)
 
+
 def evaluate_shards(
-    p: Protocol, # whose shards are complete
-    shards_dir: str | os.PathLike, # where they are
-    progress: bool = True, # of the statistics of a folder of images
-) -> tuple[pd.DataFrame, dict[str, Tensor]]: # as `evaluate`
+    p: Protocol,  # whose shards are complete
+    shards_dir: str | os.PathLike,  # where they are
+    progress: bool = True,  # of the statistics of a folder of images
+) -> tuple[pd.DataFrame, dict[str, Tensor]]:  # as `evaluate`
     "The table, from the shards."
-    folders = p.folders(shards_dir, p.common()); reference = reference_of(p, shards_dir, progress)
+    folders = p.folders(shards_dir, p.common())
+    reference = reference_of(p, shards_dir, progress)
     solvers = {**p.select()[0], 'teacher': teacher_solver(p.teacher_steps, p.path)}
-    results = {name: [measure(p, folders[name, seed], reference) for seed in p.seed_list] for name in solvers} | dict(real=real_rows(p, reference))
-    examples = {name: folders[name, p.seed_list[0]].rows('examples')[:min(EXAMPLES, p.counts[0])] for name in solvers}
-    return pd.DataFrame([summary(p, name, solvers.get(name), r) for name, r in results.items() if r]), examples
+    results = {
+        name: [measure(p, folders[name, seed], reference) for seed in p.seed_list]
+        for name in solvers
+    } | dict(real=real_rows(p, reference))
+    examples = {
+        name: folders[name, p.seed_list[0]].rows('examples')[: min(EXAMPLES, p.counts[0])]
+        for name in solvers
+    }
+    return pd.DataFrame(
+        [summary(p, name, solvers.get(name), r) for name, r in results.items() if r]
+    ), examples
+
 
 def launch(p: Protocol, shards_dir: str | os.PathLike, processes: int):
     "Start processes from a notebook, and wait for them: torchrun sets what accelerate reads."
     gpus = torch.cuda.device_count()
-    if torch.device(p.device).type == 'cuda' and processes > gpus: raise ValueError(f'processes={processes} is not allowed: there are {gpus} GPUs.')
+    if torch.device(p.device).type == 'cuda' and processes > gpus:
+        raise ValueError(f'processes={processes} is not allowed: there are {gpus} GPUs.')
     flags = [w for f in fields(p) for w in (f'--{f.name}', str(getattr(p, f.name)))]
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), '-m', 'neuralsolver.evaluate', *flags, '--shards_dir', str(Path(shards_dir).resolve()), '--only_shards'])
-    if done.returncode: raise RuntimeError(f'the processes ended with code {done.returncode}; what they said is above, or in the terminal of this notebook. What they finished is kept.')
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node',
+            str(processes),
+            '-m',
+            'neuralsolver.evaluate',
+            *flags,
+            '--shards_dir',
+            str(Path(shards_dir).resolve()),
+            '--only_shards',
+        ]
+    )
+    if done.returncode:
+        raise RuntimeError(
+            f'the processes ended with code {done.returncode}; what they said is above, or in the terminal of this notebook. What they finished is kept.'
+        )
 
 # %% ../nbs/measure/05_evaluate.ipynb #3df73ee7
 def summary(p: Protocol, name: str, solver: Solver | None, seeds: list[dict]) -> dict:
     "One row of the table: mean over seeds, standard deviation (n - 1) beside it, and what the paper reports."
-    frame = pd.DataFrame(seeds); mean, sd = frame.mean(), frame.std()
-    row = dict(model=p.model, solver=name, steps=solver.steps if solver else None, nfe=solver.nfe if solver else None, guidance=p.guidance if solver else None,
-               params=solver.params if solver else None, samples=int(mean.get('samples', sum(p.counts[:len(seeds)]))))
-    for metric in (*PROTOCOLS[p.protocol], 'rmse'): row |= {metric: mean.get(metric), f'{metric}_sd': sd.get(metric)}
+    frame = pd.DataFrame(seeds)
+    mean, sd = frame.mean(), frame.std()
+    row = dict(
+        model=p.model,
+        solver=name,
+        steps=solver.steps if solver else None,
+        nfe=solver.nfe if solver else None,
+        guidance=p.guidance if solver else None,
+        params=solver.params if solver else None,
+        samples=int(mean.get('samples', sum(p.counts[: len(seeds)]))),
+    )
+    for metric in (*PROTOCOLS[p.protocol], 'rmse'):
+        row |= {metric: mean.get(metric), f'{metric}_sd': sd.get(metric)}
     row |= dict(seconds=frame['seconds'].sum() if solver else None)
-    return row | {f'reported_{m}': reported(p.model, name, solver.steps if solver else 0, m) for m in (('fid',) if p.protocol == 'fashion' else PROTOCOLS[p.protocol])}
+    return row | {
+        f'reported_{m}': reported(p.model, name, solver.steps if solver else 0, m)
+        for m in (('fid',) if p.protocol == 'fashion' else PROTOCOLS[p.protocol])
+    }
 
 # %% ../nbs/measure/05_evaluate.ipynb #9e5879e7
-REPORTED_MODELS = {'sit-xl-2-256': 'SiT-XL/2-R256', 'flowdcn-xl-2-256': 'FlowDCN-XL/2-R256', 'flowdcn-xl-2-512': 'FlowDCN-XL/2-R512', 'dit-xl-2-256': 'DiT-XL/2-R256', 'dit-xl-2-512': 'DiT-XL/2-R512'}
-STAND_INS = {'SiT': 'SiT-XL/2-R256', 'GaussianMixture': 'SiT-XL/2-R256', 'FlowDCN': 'FlowDCN-XL/2-R256', 'DiT': 'DiT-XL/2-R256'} # beside models that the paper does not have
-REPORTED_SOLVERS = {'adam2': ['Adam2'], 'adam4': ['Adam4'], 'heun': ['Heun'], 'teacher': ['Euler'], 'flowdcn-b-2': ['Searched'], 'sit-xl-2': ['Searched on SiT-XL/2'], 'dit-xl-2': ['Searched-Solver', 'Searched (DiT-XL/2-R256)'],
-                    **{f'{ours}@{g}': [f'{theirs} {label}'] for ours, theirs in (('dpm-solver++3m', 'DPM-Solver++'), ('unipc-3', 'UniPC')) for g, label in GRIDS_OF_TABLE_2.items() if label}}
-REPORTED_METRICS = {'fid': 'FID', 'sfid': 'sFID', 'is': 'IS', 'precision': 'Precision', 'recall': 'Recall'}
+REPORTED_MODELS = {
+    'sit-xl-2-256': 'SiT-XL/2-R256',
+    'flowdcn-xl-2-256': 'FlowDCN-XL/2-R256',
+    'flowdcn-xl-2-512': 'FlowDCN-XL/2-R512',
+    'dit-xl-2-256': 'DiT-XL/2-R256',
+    'dit-xl-2-512': 'DiT-XL/2-R512',
+}
+STAND_INS = {
+    'SiT': 'SiT-XL/2-R256',
+    'GaussianMixture': 'SiT-XL/2-R256',
+    'FlowDCN': 'FlowDCN-XL/2-R256',
+    'DiT': 'DiT-XL/2-R256',
+}  # beside models that the paper does not have
+REPORTED_SOLVERS = {
+    'adam2': ['Adam2'],
+    'adam4': ['Adam4'],
+    'heun': ['Heun'],
+    'teacher': ['Euler'],
+    'flowdcn-b-2': ['Searched'],
+    'sit-xl-2': ['Searched on SiT-XL/2'],
+    'dit-xl-2': ['Searched-Solver', 'Searched (DiT-XL/2-R256)'],
+    **{
+        f'{ours}@{g}': [f'{theirs} {label}']
+        for ours, theirs in (('dpm-solver++3m', 'DPM-Solver++'), ('unipc-3', 'UniPC'))
+        for g, label in GRIDS_OF_TABLE_2.items()
+        if label
+    },
+}
+REPORTED_METRICS = {
+    'fid': 'FID',
+    'sfid': 'sFID',
+    'is': 'IS',
+    'precision': 'Precision',
+    'recall': 'Recall',
+}
+
 
 def reported_model(model: str) -> str:
     "The paper's model that stands beside a model."
     return REPORTED_MODELS.get(model) or STAND_INS[model_architecture(model)]
 
+
 def reported_protocol(model: str) -> str:
     "How the paper's numbers beside a model were made."
-    name = reported_model(model); size = 512 if '512' in name else 256; guidance = '1.5 on three channels' if 'DiT' in name and size == 256 else 'not stated' if 'DiT' in name else '1.375'
-    return f'{name.partition("-R")[0]}, {size} x {size}, 50,000 images, guidance {guidance}' + ('; the orders of DPM-Solver++ and UniPC are not stated there, their numbers stand beside order 3' if 'DiT' in name else '')
+    name = reported_model(model)
+    size = 512 if '512' in name else 256
+    guidance = (
+        '1.5 on three channels'
+        if 'DiT' in name and size == 256
+        else 'not stated'
+        if 'DiT' in name
+        else '1.375'
+    )
+    return f'{name.partition("-R")[0]}, {size} x {size}, 50,000 images, guidance {guidance}' + (
+        '; the orders of DPM-Solver++ and UniPC are not stated there, their numbers stand beside order 3'
+        if 'DiT' in name
+        else ''
+    )
+
 
 def reported(
-    model: str, # as in Protocol
-    name: str, # row of the table
-    steps: int, # of the solver
-    metric: str = 'fid', # a key of REPORTED_METRICS
+    model: str,  # as in Protocol
+    name: str,  # row of the table
+    steps: int,  # of the solver
+    metric: str = 'fid',  # a key of REPORTED_METRICS
 ) -> float | None:
     "The paper's number (data/reported.csv), or None."
     table = pd.read_csv(data_file('reported.csv'))
-    hit = table[(table.model == reported_model(model)) & (table.metric == REPORTED_METRICS[metric]) & table.solver.isin(REPORTED_SOLVERS.get(name, [])) & (table.steps == steps)]
+    hit = table[
+        (table.model == reported_model(model))
+        & (table.metric == REPORTED_METRICS[metric])
+        & table.solver.isin(REPORTED_SOLVERS.get(name, []))
+        & (table.steps == steps)
+    ]
     return float(hit.value.iloc[0]) if len(hit) else None
 
 # %% ../nbs/measure/05_evaluate.ipynb #a0110df1
-TITLES = {'rmse': 'RMSE to teacher', 'fd': 'FD (fashion-cnn)', 'fid': 'FID', 'sfid': 'sFID', 'is': 'IS', 'kid': 'KID', 'precision': 'precision', 'recall': 'recall', 'accuracy': 'accuracy'}
+TITLES = {
+    'rmse': 'RMSE to teacher',
+    'fd': 'FD (fashion-cnn)',
+    'fid': 'FID',
+    'sfid': 'sFID',
+    'is': 'IS',
+    'kid': 'KID',
+    'precision': 'precision',
+    'recall': 'recall',
+    'accuracy': 'accuracy',
+}
 DIGITS = dict(rmse=4, fd=2, fid=2, sfid=2, accuracy=3, precision=2, recall=2, kid=2) | {'is': 2}
+
 
 def protocol_card(p: Protocol, shards_dir: str | os.PathLike) -> dict:
     "Everything that goes with the numbers, as JSON."
-    solvers, left_out = p.select(); identity = p.common(); folders = p.folders(shards_dir, identity)
+    solvers, left_out = p.select()
+    identity = p.common()
+    folders = p.folders(shards_dir, identity)
     machines = sorted({c['hardware'] for shards in folders.values() for c in shards.cards()})
     reference = reference_of(p, shards_dir, False)
-    metrics = metrics_protocol() | dict(n_real_kid_pr=KID_PR_REAL) if p.protocol == 'fashion' else dict(
-        extractor=identity['extractor'], reference=reference.name, n_real_fid=reference.n_real or 'as the reference has it', n_real_pr=0 if reference.features is None else len(reference.features),
-        pr_neighbours=3, is_split_size=5000, resize="TF1's bilinear to 299, inside the network", **{m: importlib.metadata.version(m) for m in ('torch-fidelity', *(['diffusers'] if p.vae != 'none' else []))})
-    return dict(protocol=asdict(p), counts=p.counts, identity=identity, teacher=f'{teacher_solver(1, p.path).name}-{p.teacher_steps}', solvers={n: dict(digest=s.digest, params=s.params) for n, s in solvers.items()},
-                left_out=left_out, notes=p.notes(), metrics=metrics, reported=f'arXiv 2505.21114: {reported_protocol(p.model)}', hardware=machines,
-                versions={m.__name__: m.__version__ for m in (torch, np, pd)} | dict(python=platform.python_version()))
+    metrics = (
+        metrics_protocol() | dict(n_real_kid_pr=KID_PR_REAL)
+        if p.protocol == 'fashion'
+        else dict(
+            extractor=identity['extractor'],
+            reference=reference.name,
+            n_real_fid=reference.n_real or 'as the reference has it',
+            n_real_pr=0 if reference.features is None else len(reference.features),
+            pr_neighbours=3,
+            is_split_size=5000,
+            resize="TF1's bilinear to 299, inside the network",
+            **{
+                m: importlib.metadata.version(m)
+                for m in ('torch-fidelity', *(['diffusers'] if p.vae != 'none' else []))
+            },
+        )
+    )
+    return dict(
+        protocol=asdict(p),
+        counts=p.counts,
+        identity=identity,
+        teacher=f'{teacher_solver(1, p.path).name}-{p.teacher_steps}',
+        solvers={n: dict(digest=s.digest, params=s.params) for n, s in solvers.items()},
+        left_out=left_out,
+        notes=p.notes(),
+        metrics=metrics,
+        reported=f'arXiv 2505.21114: {reported_protocol(p.model)}',
+        hardware=machines,
+        versions={m.__name__: m.__version__ for m in (torch, np, pd)}
+        | dict(python=platform.python_version()),
+    )
+
 
 def write_reports(
-    protocol: Protocol, # what was evaluated
-    table: pd.DataFrame, # from `evaluate`
-    examples: dict[str, Tensor], # from `evaluate`
-    folder: Path, # where the files go
-    shards_dir: str | os.PathLike, # where `evaluate` kept the shards
-) -> Path: # stem of the files: folder / eval_MODEL_STEPS
+    protocol: Protocol,  # what was evaluated
+    table: pd.DataFrame,  # from `evaluate`
+    examples: dict[str, Tensor],  # from `evaluate`
+    folder: Path,  # where the files go
+    shards_dir: str | os.PathLike,  # where `evaluate` kept the shards
+) -> Path:  # stem of the files: folder / eval_MODEL_STEPS
     "Write eval_MODEL_STEPS.{csv,json,md} and _samples.npz, atomically, and _ROW.npz for rows whose images are kept."
     p, stem = protocol, Path(folder) / f'eval_{Path(protocol.model).stem}_{protocol.steps}'
-    with atomic_path(f'{stem}.csv') as tmp: table.to_csv(tmp, index=False, float_format='%.6g')
-    with atomic_path(f'{stem}_samples.npz') as tmp: np.savez_compressed(tmp, **{k: v.numpy() for k, v in examples.items()})
+    with atomic_path(f'{stem}.csv') as tmp:
+        table.to_csv(tmp, index=False, float_format='%.6g')
+    with atomic_path(f'{stem}_samples.npz') as tmp:
+        np.savez_compressed(tmp, **{k: v.numpy() for k, v in examples.items()})
     write_json(f'{stem}.json', protocol_card(p, shards_dir))
     write_text(f'{stem}.md', markdown_table(pd.read_csv(f'{stem}.csv'), p))
     for (name, seed), shards in p.folders(shards_dir, p.common()).items():
-        if name in p.image_names: export_npz(shards.rows('images'), f'{stem}_{Path(name).stem}-{seed}.npz')
+        if name in p.image_names:
+            export_npz(shards.rows('images'), f'{stem}_{Path(name).stem}-{seed}.npz')
     return stem
+
 
 def markdown_table(table: pd.DataFrame, p: Protocol) -> str:
     "The table for readers: mean ± sd, the paper's numbers beside them."
-    def cell(row, m): return '' if pd.isna(row[m]) else f'{row[m]:.{DIGITS[m]}f}' + ('' if pd.isna(row[f'{m}_sd']) else f' ± {row[f"{m}_sd"]:.{DIGITS[m]}f}')
-    def count(v): return '' if pd.isna(v) else f'{v:.0f}'
-    metrics = ['rmse', *PROTOCOLS[p.protocol]]; told = [c for c in table.columns if c.startswith('reported_') and (c == 'reported_fid' or table[c].notna().any())]
-    head = ['solver', 'steps', 'NFE', 'numbers searched', *(TITLES[m] for m in metrics), *(f'{TITLES[c.removeprefix("reported_")]} reported' for c in told)]
+
+    def cell(row, m):
+        return (
+            ''
+            if pd.isna(row[m])
+            else f'{row[m]:.{DIGITS[m]}f}'
+            + ('' if pd.isna(row[f'{m}_sd']) else f' ± {row[f"{m}_sd"]:.{DIGITS[m]}f}')
+        )
+
+    def count(v):
+        return '' if pd.isna(v) else f'{v:.0f}'
+
+    metrics = ['rmse', *PROTOCOLS[p.protocol]]
+    told = [
+        c
+        for c in table.columns
+        if c.startswith('reported_') and (c == 'reported_fid' or table[c].notna().any())
+    ]
+    head = [
+        'solver',
+        'steps',
+        'NFE',
+        'numbers searched',
+        *(TITLES[m] for m in metrics),
+        *(f'{TITLES[c.removeprefix("reported_")]} reported' for c in told),
+    ]
     lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
     for _, r in table.iterrows():
-        lines.append('| ' + ' | '.join([r.solver, count(r.steps), count(r.nfe), count(r.params), *(cell(r, m) for m in metrics), *('' if pd.isna(r[c]) else f'{r[c]:g}' for c in told)]) + ' |')
-    spread = f' in {len(p.seed_list)} seeds, mean ± sd over seeds' if len(p.seed_list) > 1 else ', one seed, so no spread'
-    features = 'FD is a Frechet distance on the features of a Fashion-MNIST classifier, not FID.' if p.protocol == 'fashion' else \
-        f'Inception features of torch-fidelity, reference: {p.reference or "the reference batch of ADM"}; `real`: the images behind precision and recall.'
-    lines += ['', f'{p.model}, guidance {p.guidance:g}, {p.samples} images per row{spread}; teacher {teacher_solver(1, p.path).name}-{p.teacher_steps}. {features} '
-              f'{"Reported numbers" if len(told) > 1 else "FID reported"}, from the paper: {reported_protocol(p.model)}.', '']
+        lines.append(
+            '| '
+            + ' | '.join(
+                [
+                    r.solver,
+                    count(r.steps),
+                    count(r.nfe),
+                    count(r.params),
+                    *(cell(r, m) for m in metrics),
+                    *('' if pd.isna(r[c]) else f'{r[c]:g}' for c in told),
+                ]
+            )
+            + ' |'
+        )
+    spread = (
+        f' in {len(p.seed_list)} seeds, mean ± sd over seeds'
+        if len(p.seed_list) > 1
+        else ', one seed, so no spread'
+    )
+    features = (
+        'FD is a Frechet distance on the features of a Fashion-MNIST classifier, not FID.'
+        if p.protocol == 'fashion'
+        else f'Inception features of torch-fidelity, reference: {p.reference or "the reference batch of ADM"}; `real`: the images behind precision and recall.'
+    )
+    lines += [
+        '',
+        f'{p.model}, guidance {p.guidance:g}, {p.samples} images per row{spread}; teacher {teacher_solver(1, p.path).name}-{p.teacher_steps}. {features} '
+        f'{"Reported numbers" if len(told) > 1 else "FID reported"}, from the paper: {reported_protocol(p.model)}.',
+        '',
+    ]
     lines += p.notes()
     return '\n'.join(lines) + '\n'
 
 # %% ../nbs/measure/05_evaluate.ipynb #e973adc4
-CURVE_SOLVERS = { # lines of a curve, by the path of the model; the tables searched on the model itself are added
+CURVE_SOLVERS = {  # lines of a curve, by the path of the model; the tables searched on the model itself are added
     'linear': ('adam2', 'adam4', 'flowdcn-b-2', 'sit-xl-2'),
-    'vp': (*(f'{rule}@{grid}' for rule in ('dpm-solver++3m', 'unipc-3') for grid in GRIDS_OF_TABLE_2), 'dit-xl-2'),
+    'vp': (
+        *(f'{rule}@{grid}' for rule in ('dpm-solver++3m', 'unipc-3') for grid in GRIDS_OF_TABLE_2),
+        'dit-xl-2',
+    ),
 }
 
-REPORTED_TEACHER = 50 # Euler steps of the paper's last column; ours may have others
+REPORTED_TEACHER = 50  # Euler steps of the paper's last column; ours may have others
+
 
 def curve_rows(
-    steps: str, # numbers of steps of every solver, separated by commas; '' = none
-    solvers: str, # names separated by commas, or 'default': CURVE_SOLVERS and the model's own tables
-    rows: str, # further rows NAME:STEPS, separated by commas; '' = none
-    model: str, # as in Protocol
-) -> dict[int, list[str]]: # names by number of steps
+    steps: str,  # numbers of steps of every solver, separated by commas; '' = none
+    solvers: str,  # names separated by commas, or 'default': CURVE_SOLVERS and the model's own tables
+    rows: str,  # further rows NAME:STEPS, separated by commas; '' = none
+    model: str,  # as in Protocol
+) -> dict[int, list[str]]:  # names by number of steps
     "The rows of a curve. A name of 'default' without a table for a step count is left out there."
-    out, kind, tables = {}, 'linear' if model_path(model).coordinates == 'velocity' else 'vp', list_solvers()
+    out, kind, tables = (
+        {},
+        'linear' if model_path(model).coordinates == 'velocity' else 'vp',
+        list_solvers(),
+    )
     own = [model] if model in tables else []
     for n in split_names('steps', str(steps)) if str(steps) else []:
-        if not n.isdigit() or int(n) < 1: raise ValueError(f'steps={steps!r} is not allowed: give integers >= 1, separated by commas.')
-        names = [s for s in (*CURVE_SOLVERS[kind], *own) if s not in tables or int(n) in tables[s]] if solvers == 'default' else split_names('solvers', solvers)
+        if not n.isdigit() or int(n) < 1:
+            raise ValueError(
+                f'steps={steps!r} is not allowed: give integers >= 1, separated by commas.'
+            )
+        names = (
+            [s for s in (*CURVE_SOLVERS[kind], *own) if s not in tables or int(n) in tables[s]]
+            if solvers == 'default'
+            else split_names('solvers', solvers)
+        )
         out[int(n)] = names
     for row in split_names('rows', rows) if rows else []:
         name, _, n = row.rpartition(':')
-        if not name or not n.isdigit() or int(n) < 1: raise ValueError(f'rows={rows!r} is not allowed: {row!r} is not NAME:STEPS, as adam2:15.')
-        if name not in out.setdefault(int(n), []): out[int(n)].append(name)
-    if not any(out.values()): raise ValueError(f'steps={steps!r} and rows={rows!r} leave nothing to measure: give one of them.')
+        if not name or not n.isdigit() or int(n) < 1:
+            raise ValueError(
+                f'rows={rows!r} is not allowed: {row!r} is not NAME:STEPS, as adam2:15.'
+            )
+        if name not in out.setdefault(int(n), []):
+            out[int(n)].append(name)
+    if not any(out.values()):
+        raise ValueError(
+            f'steps={steps!r} and rows={rows!r} leave nothing to measure: give one of them.'
+        )
     return {n: names for n, names in sorted(out.items()) if names}
 
 # %% ../nbs/measure/05_evaluate.ipynb #9e4ef42a
 def evaluate_curve(
-    protocols: list[Protocol], # that differ in steps and solvers alone
-    progress: bool = True, # tqdm progress bars
-    shards_dir: str | os.PathLike | None = None, # as in `evaluate`
-    processes: int = 1, # as in `evaluate`
-    told: tuple[str, ...] | None = None, # metrics whose reported numbers stand beside; None = all of REPORTED_METRICS
-) -> pd.DataFrame: # rows by solver, then steps; teacher and real images once, last
+    protocols: list[Protocol],  # that differ in steps and solvers alone
+    progress: bool = True,  # tqdm progress bars
+    shards_dir: str | os.PathLike | None = None,  # as in `evaluate`
+    processes: int = 1,  # as in `evaluate`
+    told: tuple[str, ...]
+    | None = None,  # metrics whose reported numbers stand beside; None = all of REPORTED_METRICS
+) -> pd.DataFrame:  # rows by solver, then steps; teacher and real images once, last
     "The tables of several step counts in one, with all the paper reports beside them."
     if shards_dir is None:
-        with tempfile.TemporaryDirectory() as d: return evaluate_curve(protocols, progress, d, processes, told)
-    for m in told or (): check_choice('reported', m, REPORTED_METRICS)
+        with tempfile.TemporaryDirectory() as d:
+            return evaluate_curve(protocols, progress, d, processes, told)
+    for m in told or ():
+        check_choice('reported', m, REPORTED_METRICS)
     for p in protocols:
-        odd = [f.name for f in fields(p) if f.name not in ('steps', 'solvers') and getattr(p, f.name) != getattr(protocols[0], f.name)]
-        if odd: raise ValueError(f'protocols differ in {", ".join(odd)}: those of a curve may differ in steps and solvers only.')
+        odd = [
+            f.name
+            for f in fields(p)
+            if f.name not in ('steps', 'solvers')
+            and getattr(p, f.name) != getattr(protocols[0], f.name)
+        ]
+        if odd:
+            raise ValueError(
+                f'protocols differ in {", ".join(odd)}: those of a curve may differ in steps and solvers only.'
+            )
     parts = [evaluate(p, progress, shards_dir, processes)[0] for p in protocols]
-    floors = parts[-1][parts[-1].solver.isin(['teacher', 'real'])]; table = pd.concat([t[~t.solver.isin(['teacher', 'real'])] for t in parts])
+    floors = parts[-1][parts[-1].solver.isin(['teacher', 'real'])]
+    table = pd.concat([t[~t.solver.isin(['teacher', 'real'])] for t in parts])
     order = list(dict.fromkeys(name for p in protocols for name in p.select()[0]))
-    table = pd.concat([table.sort_values('steps', kind='stable').sort_values('solver', key=lambda c: c.map(order.index), kind='stable'), floors], ignore_index=True)
-    for m in REPORTED_METRICS: table[f'reported_{m}'] = [None if told and m not in told else reported(r.model, r.solver, REPORTED_TEACHER if r.solver == 'teacher' else int(r.steps) if pd.notna(r.steps) else 0, m) for r in table.itertuples()]
+    table = pd.concat(
+        [
+            table.sort_values('steps', kind='stable').sort_values(
+                'solver', key=lambda c: c.map(order.index), kind='stable'
+            ),
+            floors,
+        ],
+        ignore_index=True,
+    )
+    for m in REPORTED_METRICS:
+        table[f'reported_{m}'] = [
+            None
+            if told and m not in told
+            else reported(
+                r.model,
+                r.solver,
+                REPORTED_TEACHER
+                if r.solver == 'teacher'
+                else int(r.steps)
+                if pd.notna(r.steps)
+                else 0,
+                m,
+            )
+            for r in table.itertuples()
+        ]
     return table
 
+
 def write_curve(
-    protocols: list[Protocol], # as in `evaluate_curve`
-    table: pd.DataFrame, # from it
-    stem: str | os.PathLike, # path of the files without suffix
-    shards_dir: str | os.PathLike, # where the shards are
-) -> Path: # the stem
+    protocols: list[Protocol],  # as in `evaluate_curve`
+    table: pd.DataFrame,  # from it
+    stem: str | os.PathLike,  # path of the files without suffix
+    shards_dir: str | os.PathLike,  # where the shards are
+) -> Path:  # the stem
     "Write STEM.{csv,json,md}, atomically."
     stem, cards = Path(stem), [protocol_card(p, shards_dir) for p in protocols]
-    with atomic_path(f'{stem}.csv') as tmp: table.to_csv(tmp, index=False, float_format='%.6g')
-    write_json(f'{stem}.json', cards[0] | dict(solvers={f'{n}, {p.steps} steps': s for p, c in zip(protocols, cards) for n, s in c['solvers'].items()}, hardware=sorted({h for c in cards for h in c['hardware']}),
-               notes=[f'{p.steps} steps: {note}' for p, c in zip(protocols, cards) for note in c['notes']], steps=[p.steps for p in protocols]))
+    with atomic_path(f'{stem}.csv') as tmp:
+        table.to_csv(tmp, index=False, float_format='%.6g')
+    write_json(
+        f'{stem}.json',
+        cards[0]
+        | dict(
+            solvers={
+                f'{n}, {p.steps} steps': s
+                for p, c in zip(protocols, cards)
+                for n, s in c['solvers'].items()
+            },
+            hardware=sorted({h for c in cards for h in c['hardware']}),
+            notes=[
+                f'{p.steps} steps: {note}' for p, c in zip(protocols, cards) for note in c['notes']
+            ],
+            steps=[p.steps for p in protocols],
+        ),
+    )
     write_text(f'{stem}.md', curve_markdown(pd.read_csv(f'{stem}.csv'), protocols))
     return stem
 
 # %% ../nbs/measure/05_evaluate.ipynb #6a2826e7
 def curve_markdown(
-    table: pd.DataFrame, # of `evaluate_curve`, read back
-    protocols: list[Protocol], # as there
+    table: pd.DataFrame,  # of `evaluate_curve`, read back
+    protocols: list[Protocol],  # as there
 ) -> str:
     "For every metric a table, solvers down, steps across; measured and reported apart."
     p, rows, lines = protocols[0], table[table.steps.notna() & (table.solver != 'teacher')], []
-    solvers, steps, floors = list(dict.fromkeys(rows.solver)), sorted(int(n) for n in rows.steps.unique()), table[table.solver.isin(['teacher', 'real'])]
+    solvers, steps, floors = (
+        list(dict.fromkeys(rows.solver)),
+        sorted(int(n) for n in rows.steps.unique()),
+        table[table.solver.isin(['teacher', 'real'])],
+    )
+
     def block(title, cells, floor):
-        if not any(cells.values()): return
-        lines.extend(['', f'**{title}**', '', '| solver | ' + ' | '.join(map(str, steps)) + ' |', '|' + '---|' * (len(steps) + 1)])
-        lines.extend(f'| {s} | ' + ' | '.join(cells.get((s, n), '') for n in steps) + ' |' for s in solvers if any(cells.get((s, n)) for n in steps))
-        if floor: lines.extend(['', floor])
-    def text(r, m): return '' if pd.isna(r[m]) else f'{r[m]:.{DIGITS[m]}f}' + ('' if pd.isna(r[f'{m}_sd']) else f' ± {r[f"{m}_sd"]:.{DIGITS[m]}f}')
+        if not any(cells.values()):
+            return
+        lines.extend(
+            [
+                '',
+                f'**{title}**',
+                '',
+                '| solver | ' + ' | '.join(map(str, steps)) + ' |',
+                '|' + '---|' * (len(steps) + 1),
+            ]
+        )
+        lines.extend(
+            f'| {s} | ' + ' | '.join(cells.get((s, n), '') for n in steps) + ' |'
+            for s in solvers
+            if any(cells.get((s, n)) for n in steps)
+        )
+        if floor:
+            lines.extend(['', floor])
+
+    def text(r, m):
+        return (
+            ''
+            if pd.isna(r[m])
+            else f'{r[m]:.{DIGITS[m]}f}'
+            + ('' if pd.isna(r[f'{m}_sd']) else f' ± {r[f"{m}_sd"]:.{DIGITS[m]}f}')
+        )
+
     for m in ('rmse', *PROTOCOLS[p.protocol]):
-        block(f'{TITLES[m]}, measured', {(r.solver, int(r.steps)): text(r, m) for _, r in rows.iterrows()},
-              '; '.join(f'{"teacher" if r.solver == "teacher" else "real images"}: {text(r, m)}' for _, r in floors.iterrows() if text(r, m) and not (m == 'rmse')))
+        block(
+            f'{TITLES[m]}, measured',
+            {(r.solver, int(r.steps)): text(r, m) for _, r in rows.iterrows()},
+            '; '.join(
+                f'{"teacher" if r.solver == "teacher" else "real images"}: {text(r, m)}'
+                for _, r in floors.iterrows()
+                if text(r, m) and not (m == 'rmse')
+            ),
+        )
     teacher = table[table.solver == 'teacher'].iloc[0]
     for m, name in REPORTED_METRICS.items():
-        block(f'{name}, reported by the paper for {reported_model(p.model)}', {(r.solver, int(r.steps)): f'{r[f"reported_{m}"]:g}' for _, r in rows.iterrows() if pd.notna(r[f'reported_{m}'])},
-              '' if pd.isna(teacher[f'reported_{m}']) else f'its teacher, Euler-{REPORTED_TEACHER}: {teacher[f"reported_{m}"]:g}')
-    spread = f'{len(p.seed_list)} seeds, mean ± sd over seeds' if len(p.seed_list) > 1 else 'one seed, so no spread'
-    extra = sorted({f'{s} spends {int(r.nfe)} evaluations in {int(r.steps)} steps' for s in solvers for _, r in rows[rows.solver == s].iterrows() if r.nfe != r.steps})
-    lines += ['', f'Measured: {p.model}, guidance {p.guidance:g}, {p.samples} images per row, {spread}; teacher {teacher_solver(1, p.path).name}-{p.teacher_steps}. Columns: steps. ' + ('FD is a Frechet distance on the features of a Fashion-MNIST classifier, not FID. ' if p.protocol == 'fashion' else '') +
-              f'Reported: {reported_protocol(p.model)}.' + (' ' + '; '.join(extra) + '.' if extra else '')]
-    return '\n'.join(lines).strip() + '\n' 
+        block(
+            f'{name}, reported by the paper for {reported_model(p.model)}',
+            {
+                (r.solver, int(r.steps)): f'{r[f"reported_{m}"]:g}'
+                for _, r in rows.iterrows()
+                if pd.notna(r[f'reported_{m}'])
+            },
+            ''
+            if pd.isna(teacher[f'reported_{m}'])
+            else f'its teacher, Euler-{REPORTED_TEACHER}: {teacher[f"reported_{m}"]:g}',
+        )
+    spread = (
+        f'{len(p.seed_list)} seeds, mean ± sd over seeds'
+        if len(p.seed_list) > 1
+        else 'one seed, so no spread'
+    )
+    extra = sorted(
+        {
+            f'{s} spends {int(r.nfe)} evaluations in {int(r.steps)} steps'
+            for s in solvers
+            for _, r in rows[rows.solver == s].iterrows()
+            if r.nfe != r.steps
+        }
+    )
+    lines += [
+        '',
+        f'Measured: {p.model}, guidance {p.guidance:g}, {p.samples} images per row, {spread}; teacher {teacher_solver(1, p.path).name}-{p.teacher_steps}. Columns: steps. '
+        + (
+            'FD is a Frechet distance on the features of a Fashion-MNIST classifier, not FID. '
+            if p.protocol == 'fashion'
+            else ''
+        )
+        + f'Reported: {reported_protocol(p.model)}.'
+        + (' ' + '; '.join(extra) + '.' if extra else ''),
+    ]
+    return '\n'.join(lines).strip() + '\n'
 
 # %% ../nbs/measure/05_evaluate.ipynb #202df795
 def main(args: list[str] | None = None):
     "`python -m neuralsolver.evaluate`, alone or under `accelerate launch`."
     import argparse
     from neuralsolver.utils import reports_root
-    parser = argparse.ArgumentParser(prog='neuralsolver.evaluate', description='Sample by shards, measure, write reports/eval_MODEL_STEPS.*', allow_abbrev=False)
+
+    parser = argparse.ArgumentParser(
+        prog='neuralsolver.evaluate',
+        description='Sample by shards, measure, write reports/eval_MODEL_STEPS.*',
+        allow_abbrev=False,
+    )
     for f in fields(Protocol):
         kind = (get_args(f.type) or (f.type,))[0]
-        parser.add_argument(f'--{f.name}', type=kind, default=f.default, help=f'{kind.__name__}, ' + ('as the profile says' if f.default is None else f'default {f.default!r}'))
-    parser.add_argument('--reports_dir', default='', help="folder of the reports; default reports/ of the repository")
-    parser.add_argument('--shards_dir', default='', help='folder of the shards, one for all machines; default shards/ in the folder of the reports')
+        parser.add_argument(
+            f'--{f.name}',
+            type=kind,
+            default=f.default,
+            help=f'{kind.__name__}, '
+            + ('as the profile says' if f.default is None else f'default {f.default!r}'),
+        )
+    parser.add_argument(
+        '--reports_dir',
+        default='',
+        help='folder of the reports; default reports/ of the repository',
+    )
+    parser.add_argument(
+        '--shards_dir',
+        default='',
+        help='folder of the shards, one for all machines; default shards/ in the folder of the reports',
+    )
     parser.add_argument('--only_shards', action='store_true', help='write no reports')
-    given = vars(parser.parse_args(args)); reports = reports_root(given.pop('reports_dir')); shards = given.pop('shards_dir') or reports / 'shards'; only_shards = given.pop('only_shards')
-    p = Protocol(**given); state = workers(p.device)
+    given = vars(parser.parse_args(args))
+    reports = reports_root(given.pop('reports_dir'))
+    shards = given.pop('shards_dir') or reports / 'shards'
+    only_shards = given.pop('only_shards')
+    p = Protocol(**given)
+    state = workers(p.device)
     compute_shards(p, shards, state.is_local_main_process)
-    if state.is_main_process and not only_shards: print(write_reports(p, *evaluate_shards(p, shards), reports, shards))
+    if state.is_main_process and not only_shards:
+        print(write_reports(p, *evaluate_shards(p, shards), reports, shards))
 
-if __name__ == '__main__' and '__file__' in globals(): main() # not in a notebook
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()  # not in a notebook

@@ -23,298 +23,529 @@ from .utils import check_choice, check_int, data_file
 # %% ../nbs/method/06_exponential.ipynb #a34d5db5
 class _Kappa:
     "kappa = log s of the data or noise coordinates on a path, and the integrals of one step."
-    def __init__(self, coordinates: str, path: NoisePath):
-        self.path, self.form, self.sign = path, COORDINATES[check_choice('coordinates', coordinates, ('data', 'noise'))], 1 if coordinates == 'data' else -1
-    def __call__(self, t) -> np.ndarray: return self.sign * self.path.log_snr(torch.as_tensor(t, dtype=torch.float64)).numpy()
-    def time(self, kappa: np.ndarray) -> np.ndarray: return self.path.time_of_log_snr(torch.as_tensor(self.sign * kappa, dtype=torch.float64)).numpy()
-    def span(self, a: float, b: float) -> float: return self.form.span(self.path, *torch.tensor([a, b], dtype=torch.float64)).item()
 
-    def step(self, times: np.ndarray, a: float, b: float) -> tuple[float, np.ndarray, float, float]: # h, (kappa - kappa_a) / h of the times, span, c_b s_b
+    def __init__(self, coordinates: str, path: NoisePath):
+        self.path, self.form, self.sign = (
+            path,
+            COORDINATES[check_choice('coordinates', coordinates, ('data', 'noise'))],
+            1 if coordinates == 'data' else -1,
+        )
+
+    def __call__(self, t) -> np.ndarray:
+        return self.sign * self.path.log_snr(torch.as_tensor(t, dtype=torch.float64)).numpy()
+
+    def time(self, kappa: np.ndarray) -> np.ndarray:
+        return self.path.time_of_log_snr(
+            torch.as_tensor(self.sign * kappa, dtype=torch.float64)
+        ).numpy()
+
+    def span(self, a: float, b: float) -> float:
+        return self.form.span(self.path, *torch.tensor([a, b], dtype=torch.float64)).item()
+
+    def step(
+        self, times: np.ndarray, a: float, b: float
+    ) -> tuple[
+        float, np.ndarray, float, float
+    ]:  # h, (kappa - kappa_a) / h of the times, span, c_b s_b
         "The numbers of a step from a to b that uses several evaluations."
-        k, (ka, kb) = self(times), self([a, b]); h = kb - ka
+        k, (ka, kb) = self(times), self([a, b])
+        h = kb - ka
         if not (np.isfinite(k).all() and np.isfinite(h)):
-            advice = f'give t_end inside {self.path}, or finish=\'low-order\'' if not np.isfinite(kb) else f'give t_start inside {self.path}'
-            raise ValueError(f'order {len(times)} from t = {a:g} to {b:g} needs finite signal-to-noise ratios: {advice}.')
+            advice = (
+                f"give t_end inside {self.path}, or finish='low-order'"
+                if not np.isfinite(kb)
+                else f'give t_start inside {self.path}'
+            )
+            raise ValueError(
+                f'order {len(times)} from t = {a:g} to {b:g} needs finite signal-to-noise ratios: {advice}.'
+            )
         span = self.span(a, b)
         return h, (k - ka) / h, span, -span / np.expm1(-h)
 
 # %% ../nbs/method/06_exponential.ipynb #c0be1d13
 POINTS, MASS = np.polynomial.legendre.leggauss(32)
 
+
 def exponential_weights(
-    z: np.ndarray, # interpolation points of the polynomial [q]
-    a: float, # lower end in kappa
-    b: float, # upper end in kappa
-    z_of: Callable = lambda kappa: kappa, # the polynomial's variable as a function of kappa
-) -> np.ndarray: # [q]
+    z: np.ndarray,  # interpolation points of the polynomial [q]
+    a: float,  # lower end in kappa
+    b: float,  # upper end in kappa
+    z_of: Callable = lambda kappa: kappa,  # the polynomial's variable as a function of kappa
+) -> np.ndarray:  # [q]
     "Integrals of e^(kappa - b) times the Lagrange basis in z over [a, b]."
-    u = b - (b - a) * (1 - POINTS) / 2; zu = z_of(u)
-    basis = np.array([np.prod([(zu - m) / (n - m) for m in np.delete(z, j)], axis=0) * np.ones_like(u) for j, n in enumerate(z)])
+    u = b - (b - a) * (1 - POINTS) / 2
+    zu = z_of(u)
+    basis = np.array(
+        [
+            np.prod([(zu - m) / (n - m) for m in np.delete(z, j)], axis=0) * np.ones_like(u)
+            for j, n in enumerate(z)
+        ]
+    )
     return (b - a) / 2 * basis @ (MASS * np.exp(u - b))
 
-VARIABLES = { # polynomial in: (kappa, times) -> z
+
+VARIABLES = {  # polynomial in: (kappa, times) -> z
     'log-snr': lambda kappa, t: kappa(t),
     'time': lambda kappa, t: np.asarray(t),
     's': lambda kappa, t: np.exp(kappa(t)),
 }
 
+
 def polynomial_rule(
-    coordinates: str, # 'data' or 'noise'
-    path: NoisePath, # where the times live
-    variable: str, # a key of VARIABLES
-) -> Callable: # rule(times [q], a, b) -> weights [q] for `multistep`
+    coordinates: str,  # 'data' or 'noise'
+    path: NoisePath,  # where the times live
+    variable: str,  # a key of VARIABLES
+) -> Callable:  # rule(times [q], a, b) -> weights [q] for `multistep`
     "Exact integrals of the interpolating polynomial in a variable."
     kappa, z = _Kappa(coordinates, path), VARIABLES[check_choice('variable', variable, VARIABLES)]
+
     def rule(times, a, b):
-        if len(times) == 1: return np.array([kappa.span(a, b)])
+        if len(times) == 1:
+            return np.array([kappa.span(a, b)])
         _, _, span, full = kappa.step(times, a, b)
-        weights = full * exponential_weights(z(kappa, times), *kappa([a, b]), lambda u: z(kappa, kappa.time(u)))
+        weights = full * exponential_weights(
+            z(kappa, times), *kappa([a, b]), lambda u: z(kappa, kappa.time(u))
+        )
         return weights * (span / weights.sum())
+
     return rule
 
 # %% ../nbs/method/06_exponential.ipynb #ecd279d7
 GRIDS = (*SPACINGS, 'optimized', 'optimized-log-snr')
 
+
 def error_contributions(
-    log_snr: np.ndarray, # of the nodes, increasing [N + 1]
-    order: int = 3, # evaluations per step, lower at both ends
-) -> np.ndarray: # [N, N]: step i, evaluation j
+    log_snr: np.ndarray,  # of the nodes, increasing [N + 1]
+    order: int = 3,  # evaluations per step, lower at both ends
+) -> np.ndarray:  # [N, N]: step i, evaluation j
     "How far an error sigma^2 / alpha of the data prediction j moves the result through step i, on a VP path."
-    N = len(log_snr) - 1; J, variance = np.zeros((N, N)), 1 / (1 + np.exp(2 * log_snr[:-1])) # sigma^2
+    N = len(log_snr) - 1
+    J, variance = np.zeros((N, N)), 1 / (1 + np.exp(2 * log_snr[:-1]))  # sigma^2
     for i in range(N):
-        q = min(order, i + 1, N - i); used = slice(i + 1 - q, i + 1)
-        J[i, used] = np.exp(log_snr[i + 1] - log_snr[-1]) * exponential_weights(log_snr[used], log_snr[i], log_snr[i + 1])
+        q = min(order, i + 1, N - i)
+        used = slice(i + 1 - q, i + 1)
+        J[i, used] = np.exp(log_snr[i + 1] - log_snr[-1]) * exponential_weights(
+            log_snr[used], log_snr[i], log_snr[i + 1]
+        )
     return J * variance / np.sqrt(1 - variance)
 
+
 def error_growth(
-    log_snr: np.ndarray, # of the nodes, increasing [N + 1]
-    order: int = 3, # evaluations per step, lower at both ends
+    log_snr: np.ndarray,  # of the nodes, increasing [N + 1]
+    order: int = 3,  # evaluations per step, lower at both ends
 ) -> float:
     "How far errors of the data prediction move the result on a VP path (arXiv 2402.17376, summed as in its released code)."
-    J = error_contributions(log_snr, order); N = len(J); apart = np.array([i < 3 or i == N - 1 for i in range(N)])
+    J = error_contributions(log_snr, order)
+    N = len(J)
+    apart = np.array([i < 3 or i == N - 1 for i in range(N)])
     return np.sqrt((J[apart] ** 2).sum(1)).sum() + np.abs(J[~apart].sum(0)).sum()
 
+
 @lru_cache(maxsize=256)
-def _optimized(steps: int, first: float, last: float, inner: tuple, order: int, method: str) -> tuple:
-    from scipy.optimize import LinearConstraint, minimize # here: half a second that most users never need
-    differences = np.eye(steps, steps - 1) - np.eye(steps, steps - 1, -1) # lambda_i - lambda_i-1, but for the fixed ends
-    low = np.full(steps, 1e-3 * (last - first) / steps); low[0] += first; low[-1] -= last
+def _optimized(
+    steps: int, first: float, last: float, inner: tuple, order: int, method: str
+) -> tuple:
+    from scipy.optimize import (
+        LinearConstraint,
+        minimize,
+    )  # here: half a second that most users never need
+
+    differences = np.eye(steps, steps - 1) - np.eye(
+        steps, steps - 1, -1
+    )  # lambda_i - lambda_i-1, but for the fixed ends
+    low = np.full(steps, 1e-3 * (last - first) / steps)
+    low[0] += first
+    low[-1] -= last
     objective = lambda inner: np.log(error_growth(np.array([first, *inner, last]), order))
-    with warnings.catch_warnings(action='ignore'): # trust-constr warns where the objective is flat
-        found = minimize(objective, inner, method=method, constraints=[LinearConstraint(differences, low, np.inf)], options=dict(maxiter=500))
-    if (differences @ found.x >= low - 1e-6).all() and found.fun < objective(inner): return tuple(found.x)
-    warnings.warn(f'{method} found no better time steps than its start for {steps} steps: the start is returned.')
+    with warnings.catch_warnings(action='ignore'):  # trust-constr warns where the objective is flat
+        found = minimize(
+            objective,
+            inner,
+            method=method,
+            constraints=[LinearConstraint(differences, low, np.inf)],
+            options=dict(maxiter=500),
+        )
+    if (differences @ found.x >= low - 1e-6).all() and found.fun < objective(inner):
+        return tuple(found.x)
+    warnings.warn(
+        f'{method} found no better time steps than its start for {steps} steps: the start is returned.'
+    )
     return inner
+
 
 @cache
 def _tabulated(init: str, steps: int) -> list[float] | None:
     "Nodes on the paper's DDPM path as they were found once: the minimiser stops at other digits on other processors."
-    return json.loads(data_file('optimized_nodes.json').read_text())['nodes'].get(init, {}).get(str(steps))
+    return (
+        json.loads(data_file('optimized_nodes.json').read_text())['nodes']
+        .get(init, {})
+        .get(str(steps))
+    )
+
 
 def optimized_nodes(
-    steps: int, # number of steps N
-    path: NoisePath = VPPath(), # where the times live
-    init: str = 'time', # where the minimisation starts, a name from SPACINGS
-    t_start: float | None = None, # first time, kept; None = the path's noise
-    t_end: float | None = None, # last time, kept; None = the path's t_end
-    order: int = 3, # of the multistep rule that is assumed
-    method: str = 'SLSQP', # of scipy.optimize.minimize: 'SLSQP', or 'trust-constr' as published
-) -> Tensor: # nodes, float64 [N + 1]
+    steps: int,  # number of steps N
+    path: NoisePath = VPPath(),  # where the times live
+    init: str = 'time',  # where the minimisation starts, a name from SPACINGS
+    t_start: float | None = None,  # first time, kept; None = the path's noise
+    t_end: float | None = None,  # last time, kept; None = the path's t_end
+    order: int = 3,  # of the multistep rule that is assumed
+    method: str = 'SLSQP',  # of scipy.optimize.minimize: 'SLSQP', or 'trust-constr' as published
+) -> Tensor:  # nodes, float64 [N + 1]
     "Time steps that minimise `error_growth` (arXiv 2402.17376). Needs no network."
-    check_int('order', order, 1, 3); check_choice('method', method, ('SLSQP', 'trust-constr')); check_choice('init', init, SPACINGS)
+    check_int('order', order, 1, 3)
+    check_choice('method', method, ('SLSQP', 'trust-constr'))
+    check_choice('init', init, SPACINGS)
     start = time_grid(steps, path, init, t_start, t_end)
     first, *inner, last = path.log_snr(start).tolist()
-    if not np.isfinite([first, last]).all(): raise ValueError(f'optimised time steps need a finite signal-to-noise ratio at both ends of {path}: give t_start and t_end inside it.')
+    if not np.isfinite([first, last]).all():
+        raise ValueError(
+            f'optimised time steps need a finite signal-to-noise ratio at both ends of {path}: give t_start and t_end inside it.'
+        )
     known = _tabulated(init, steps) if (path, order, method) == (DDPMPath(), 3, 'SLSQP') else None
     if known and abs(start[0] - known[0]) < 1e-12 and abs(start[-1] - known[-1]) < 1e-12:
         return torch.tensor(known, dtype=torch.float64)
-    if inner: start[1:-1] = path.time_of_log_snr(torch.tensor(_optimized(steps, first, last, tuple(inner), order, method), dtype=torch.float64))
+    if inner:
+        start[1:-1] = path.time_of_log_snr(
+            torch.tensor(
+                _optimized(steps, first, last, tuple(inner), order, method), dtype=torch.float64
+            )
+        )
     return start
 
-def _grid(steps: int, path: NoisePath, spacing: str | Tensor, t_start: float | None, t_end: float | None) -> Tensor:
+
+def _grid(
+    steps: int, path: NoisePath, spacing: str | Tensor, t_start: float | None, t_end: float | None
+) -> Tensor:
     "`time_grid`, with the optimised spacings besides."
-    if isinstance(spacing, str): check_choice('spacing', spacing, GRIDS)
-    if not (isinstance(spacing, str) and spacing.startswith('optimized')): return time_grid(steps, path, spacing, t_start, t_end)
-    return optimized_nodes(steps, path, 'time' if spacing == 'optimized' else 'log-snr', t_start, t_end)
+    if isinstance(spacing, str):
+        check_choice('spacing', spacing, GRIDS)
+    if not (isinstance(spacing, str) and spacing.startswith('optimized')):
+        return time_grid(steps, path, spacing, t_start, t_end)
+    return optimized_nodes(
+        steps, path, 'time' if spacing == 'optimized' else 'log-snr', t_start, t_end
+    )
 
 # %% ../nbs/method/06_exponential.ipynb #810c1d0e
 def ddim(
-    steps: int, # number of steps N
-    path: NoisePath = VPPath(), # where the times live
-    spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes, for example time_grid(N, path, 'shifted', shift=6)
-    t_start: float | None = None, # first time; None = the path's noise
-    t_end: float | None = None, # last time; None = the path's t_end
+    steps: int,  # number of steps N
+    path: NoisePath = VPPath(),  # where the times live
+    spacing: str
+    | Tensor = 'time',  # a name from GRIDS, or the N + 1 nodes, for example time_grid(N, path, 'shifted', shift=6)
+    t_start: float | None = None,  # first time; None = the path's noise
+    t_end: float | None = None,  # last time; None = the path's t_end
 ) -> Solver:
     "Deterministic DDIM (arXiv 2010.02502), Euler's method in data coordinates: order 1, NFE = steps."
-    return multistep(_grid(steps, path, spacing, t_start, t_end), 1, polynomial_rule('data', path, 'log-snr'), 'ddim', coordinates='data', path=path)
+    return multistep(
+        _grid(steps, path, spacing, t_start, t_end),
+        1,
+        polynomial_rule('data', path, 'log-snr'),
+        'ddim',
+        coordinates='data',
+        path=path,
+    )
 
 # %% ../nbs/method/06_exponential.ipynb #35aa5fda
 def deis(
-    steps: int, # number of steps N
-    order: int = 3, # evaluations per step, 1 to 4
-    path: NoisePath = VPPath(), # where the times live
-    spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
-    variable: str = 'time', # of the polynomial: 'time' (tAB), 's' (rho-AB) or 'log-snr' (as diffusers)
-    start: str = 'low-order', # 'low-order', or 'rk4': see `multistep`
-    finish: str = 'low-order', # 'low-order' or 'full'
-    t_start: float | None = None, # first time; None = the path's noise
-    t_end: float | None = None, # last time; None = the path's t_end
+    steps: int,  # number of steps N
+    order: int = 3,  # evaluations per step, 1 to 4
+    path: NoisePath = VPPath(),  # where the times live
+    spacing: str | Tensor = 'time',  # a name from GRIDS, or the N + 1 nodes
+    variable: str = 'time',  # of the polynomial: 'time' (tAB), 's' (rho-AB) or 'log-snr' (as diffusers)
+    start: str = 'low-order',  # 'low-order', or 'rk4': see `multistep`
+    finish: str = 'low-order',  # 'low-order' or 'full'
+    t_start: float | None = None,  # first time; None = the path's noise
+    t_end: float | None = None,  # last time; None = the path's t_end
 ) -> Solver:
     "Diffusion exponential integrator sampler (arXiv 2204.13902), multistep in noise coordinates; NFE = steps."
-    return multistep(_grid(steps, path, spacing, t_start, t_end), order, polynomial_rule('noise', path, variable), f'deis-{order}', start, finish, 'noise', path)
+    return multistep(
+        _grid(steps, path, spacing, t_start, t_end),
+        order,
+        polynomial_rule('noise', path, variable),
+        f'deis-{order}',
+        start,
+        finish,
+        'noise',
+        path,
+    )
 
-def _home(path: NoisePath) -> str: return 'velocity' if path.coordinates == 'velocity' else 'noise'
+
+def _home(path: NoisePath) -> str:
+    return 'velocity' if path.coordinates == 'velocity' else 'noise'
+
 
 def ipndm(
-    steps: int, # number of steps N
-    order: int = 4, # evaluations per step, 1 to 4
-    path: NoisePath = LinearPath(), # linear: velocity coordinates; any other: noise coordinates
-    spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
-    start: str = 'low-order', # 'low-order', or 'rk4': see `multistep`
-    finish: str = 'full', # 'full' as published, or 'low-order'
-    t_start: float | None = None, # first time; None = the path's noise
-    t_end: float | None = None, # last time; None = the path's t_end
+    steps: int,  # number of steps N
+    order: int = 4,  # evaluations per step, 1 to 4
+    path: NoisePath = LinearPath(),  # linear: velocity coordinates; any other: noise coordinates
+    spacing: str | Tensor = 'time',  # a name from GRIDS, or the N + 1 nodes
+    start: str = 'low-order',  # 'low-order', or 'rk4': see `multistep`
+    finish: str = 'full',  # 'full' as published, or 'low-order'
+    t_start: float | None = None,  # first time; None = the path's noise
+    t_end: float | None = None,  # last time; None = the path's t_end
 ) -> Solver:
     "Improved PNDM (arXiv 2204.13902): the constants of the uniform Adams-Bashforth rule on any grid; NFE = steps."
     form = COORDINATES[_home(path)]
-    def constants(times, a, b): return form.span(path, *torch.tensor([a, b], dtype=torch.float64)).item() * lagrange_weights(np.arange(1 - len(times), 1), 0, 1)
-    return multistep(_grid(steps, path, spacing, t_start, t_end), order, constants, 'ipndm', start, finish, _home(path), path)
+
+    def constants(times, a, b):
+        return form.span(
+            path, *torch.tensor([a, b], dtype=torch.float64)
+        ).item() * lagrange_weights(np.arange(1 - len(times), 1), 0, 1)
+
+    return multistep(
+        _grid(steps, path, spacing, t_start, t_end),
+        order,
+        constants,
+        'ipndm',
+        start,
+        finish,
+        _home(path),
+        path,
+    )
+
 
 def ipndm_v(
-    steps: int, # number of steps N
-    order: int = 4, # evaluations per step, 1 to 4
-    path: NoisePath = LinearPath(), # linear: velocity coordinates, Adams-Bashforth itself; any other: noise coordinates
-    spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
-    start: str = 'low-order', # 'low-order', or 'rk4': see `multistep`
-    finish: str = 'full', # 'full' as published, or 'low-order'
-    t_start: float | None = None, # first time; None = the path's noise
-    t_end: float | None = None, # last time; None = the path's t_end
+    steps: int,  # number of steps N
+    order: int = 4,  # evaluations per step, 1 to 4
+    path: NoisePath = LinearPath(),  # linear: velocity coordinates, Adams-Bashforth itself; any other: noise coordinates
+    spacing: str | Tensor = 'time',  # a name from GRIDS, or the N + 1 nodes
+    start: str = 'low-order',  # 'low-order', or 'rk4': see `multistep`
+    finish: str = 'full',  # 'full' as published, or 'low-order'
+    t_start: float | None = None,  # first time; None = the path's noise
+    t_end: float | None = None,  # last time; None = the path's t_end
 ) -> Solver:
     "iPNDM with variable-step weights, Adams-Bashforth in s (arXiv 2204.13902, rho-AB); NFE = steps."
     rule = lagrange_weights if _home(path) == 'velocity' else polynomial_rule('noise', path, 's')
-    return multistep(_grid(steps, path, spacing, t_start, t_end), order, rule, 'ipndm-v', start, finish, _home(path), path)
+    return multistep(
+        _grid(steps, path, spacing, t_start, t_end),
+        order,
+        rule,
+        'ipndm-v',
+        start,
+        finish,
+        _home(path),
+        path,
+    )
 
 # %% ../nbs/method/06_exponential.ipynb #02ca3825
 def dpm_rule(coordinates: str, path: NoisePath) -> Callable:
     "Multistep weights of DPM-Solver (noise) and DPM-Solver++ (data) as released: rule(times [q], a, b) -> [q]."
     kappa = _Kappa(coordinates, path)
+
     def rule(times, a, b):
-        if len(times) == 1: return np.array([kappa.span(a, b)])
+        if len(times) == 1:
+            return np.array([kappa.span(a, b)])
         h, at, span, full = kappa.step(times, a, b)
         r0 = -at[-2]
-        if len(times) == 2: return span * np.array([-1 / (2 * r0), 1 + 1 / (2 * r0)])
-        psi = 1 + np.expm1(-h) / h; r1 = at[-2] - at[-3]
-        near, far = np.array([0, -1, 1]) / r0, np.array([-1, 1, 0]) / r1 # the two first differences, over evaluations oldest first
-        D2 = (near - far) / (r0 + r1); D1 = near + r0 * D2
-        return span * np.array([0, 0, 1]) + full * (psi * D1 + (.5 - psi / h) * D2)
+        if len(times) == 2:
+            return span * np.array([-1 / (2 * r0), 1 + 1 / (2 * r0)])
+        psi = 1 + np.expm1(-h) / h
+        r1 = at[-2] - at[-3]
+        near, far = (
+            np.array([0, -1, 1]) / r0,
+            np.array([-1, 1, 0]) / r1,
+        )  # the two first differences, over evaluations oldest first
+        D2 = (near - far) / (r0 + r1)
+        D1 = near + r0 * D2
+        return span * np.array([0, 0, 1]) + full * (psi * D1 + (0.5 - psi / h) * D2)
+
     return rule
 
-def _dpm(name, coordinates, steps, order, path, spacing, singlestep, exact, start, finish, t_start, t_end) -> Solver:
+
+def _dpm(
+    name, coordinates, steps, order, path, spacing, singlestep, exact, start, finish, t_start, t_end
+) -> Solver:
     check_int('order', order, 1, 3)
     if singlestep:
-        if exact or start != 'low-order': raise ValueError('exact and start belong to the multistep methods: leave them out, or give singlestep=False.')
+        if exact or start != 'low-order':
+            raise ValueError(
+                'exact and start belong to the multistep methods: leave them out, or give singlestep=False.'
+            )
         orders = singlestep_orders(steps, order, finish)
-        return _singlestep(_grid(steps, path, spacing, t_start, t_end), orders, f'{name}-{order}s', coordinates, path)
+        return _singlestep(
+            _grid(steps, path, spacing, t_start, t_end),
+            orders,
+            f'{name}-{order}s',
+            coordinates,
+            path,
+        )
     rule = polynomial_rule(coordinates, path, 'log-snr') if exact else dpm_rule(coordinates, path)
-    return multistep(_grid(steps, path, spacing, t_start, t_end), order, rule, f'{name}-{order}m', start, finish, coordinates, path)
+    return multistep(
+        _grid(steps, path, spacing, t_start, t_end),
+        order,
+        rule,
+        f'{name}-{order}m',
+        start,
+        finish,
+        coordinates,
+        path,
+    )
+
 
 def dpm_solver_pp(
-    steps: int, # number of steps; with singlestep number of evaluations
-    order: int = 2, # 1 to 3
-    path: NoisePath = VPPath(), # where the times live
-    spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
-    singlestep: bool = False, # evaluate inside the step (2S) instead of using past evaluations (2M, 3M)
-    exact: bool = False, # integrate the polynomial exactly instead of as in the released code
-    start: str = 'low-order', # 'low-order', or 'rk4': see `multistep`
-    finish: str = 'low-order', # 'low-order' (usual below 10 to 15 steps) or 'full'
-    t_start: float | None = None, # first time; None = the path's noise
-    t_end: float | None = None, # last time; None = the path's t_end
+    steps: int,  # number of steps; with singlestep number of evaluations
+    order: int = 2,  # 1 to 3
+    path: NoisePath = VPPath(),  # where the times live
+    spacing: str | Tensor = 'time',  # a name from GRIDS, or the N + 1 nodes
+    singlestep: bool = False,  # evaluate inside the step (2S) instead of using past evaluations (2M, 3M)
+    exact: bool = False,  # integrate the polynomial exactly instead of as in the released code
+    start: str = 'low-order',  # 'low-order', or 'rk4': see `multistep`
+    finish: str = 'low-order',  # 'low-order' (usual below 10 to 15 steps) or 'full'
+    t_start: float | None = None,  # first time; None = the path's noise
+    t_end: float | None = None,  # last time; None = the path's t_end
 ) -> Solver:
     "DPM-Solver++ (arXiv 2211.01095), data coordinates; NFE = steps."
-    return _dpm('dpm-solver++', 'data', steps, order, path, spacing, singlestep, exact, start, finish, t_start, t_end)
+    return _dpm(
+        'dpm-solver++',
+        'data',
+        steps,
+        order,
+        path,
+        spacing,
+        singlestep,
+        exact,
+        start,
+        finish,
+        t_start,
+        t_end,
+    )
+
 
 def dpm_solver(
-    steps: int, # number of evaluations; with singlestep=False also number of steps
-    order: int = 2, # 1 to 3
-    path: NoisePath = VPPath(), # where the times live
-    spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
-    singlestep: bool = True, # DPM-Solver-2, -3 as published; False: multistep
-    exact: bool = False, # multistep only, see `dpm_solver_pp`
-    start: str = 'low-order', # multistep only: 'low-order', or 'rk4'
-    finish: str = 'low-order', # 'low-order' or 'full'
-    t_start: float | None = None, # first time; None = the path's noise
-    t_end: float | None = None, # last time; None = the path's t_end
+    steps: int,  # number of evaluations; with singlestep=False also number of steps
+    order: int = 2,  # 1 to 3
+    path: NoisePath = VPPath(),  # where the times live
+    spacing: str | Tensor = 'time',  # a name from GRIDS, or the N + 1 nodes
+    singlestep: bool = True,  # DPM-Solver-2, -3 as published; False: multistep
+    exact: bool = False,  # multistep only, see `dpm_solver_pp`
+    start: str = 'low-order',  # multistep only: 'low-order', or 'rk4'
+    finish: str = 'low-order',  # 'low-order' or 'full'
+    t_start: float | None = None,  # first time; None = the path's noise
+    t_end: float | None = None,  # last time; None = the path's t_end
 ) -> Solver:
     "DPM-Solver (arXiv 2206.00927), noise coordinates; NFE = steps."
-    return _dpm('dpm-solver', 'noise', steps, order, path, spacing, singlestep, exact, start, finish, t_start, t_end)
+    return _dpm(
+        'dpm-solver',
+        'noise',
+        steps,
+        order,
+        path,
+        spacing,
+        singlestep,
+        exact,
+        start,
+        finish,
+        t_start,
+        t_end,
+    )
 
 # %% ../nbs/method/06_exponential.ipynb #891051de
 def singlestep_orders(
-    evaluations: int, # network evaluations to spend
-    order: int, # 1 to 3
-    finish: str = 'low-order', # 'full': steps of this order only
-) -> list[int]: # orders of the steps; they sum to `evaluations`
+    evaluations: int,  # network evaluations to spend
+    order: int,  # 1 to 3
+    finish: str = 'low-order',  # 'full': steps of this order only
+) -> list[int]:  # orders of the steps; they sum to `evaluations`
     "How DPM-Solver spends a number of evaluations (arXiv 2206.00927, app. D.3)."
     whole, rest = divmod(check_int('steps', evaluations), order)
     if check_choice('finish', finish, ('low-order', 'full')) == 'full':
-        if rest: raise ValueError(f'steps={evaluations} evaluations do not make whole steps of order {order}: give a multiple of {order}, or finish=\'low-order\'.')
+        if rest:
+            raise ValueError(
+                f"steps={evaluations} evaluations do not make whole steps of order {order}: give a multiple of {order}, or finish='low-order'."
+            )
         return [order] * whole
-    if order == 3 and rest == 0: return [3] * (whole - 1) + [2, 1]
+    if order == 3 and rest == 0:
+        return [3] * (whole - 1) + [2, 1]
     return [order] * whole + [rest] * (rest > 0)
 
-def _singlestep(grid: Tensor, orders: list[int], name: str, coordinates: str, path: NoisePath) -> Solver:
+
+def _singlestep(
+    grid: Tensor, orders: list[int], name: str, coordinates: str, path: NoisePath
+) -> Solver:
     kappa, times = _Kappa(coordinates, path), grid.tolist()
     build, first = Builder(times[0], coordinates, path), 0
-    if not np.isfinite(kappa(times[-1])) and orders[-1] > 1: raise ValueError(f'the last step is of order {orders[-1]} and cannot end at a clean state (t = {times[-1]:g}): give t_end inside {path}, or a number of evaluations whose last step is of order 1.')
+    if not np.isfinite(kappa(times[-1])) and orders[-1] > 1:
+        raise ValueError(
+            f'the last step is of order {orders[-1]} and cannot end at a clean state (t = {times[-1]:g}): give t_end inside {path}, or a number of evaluations whose last step is of order 1.'
+        )
     for p in orders:
-        t, nodes, end = times[first], times[first:first + p], times[first + p]; start = build.present
+        t, nodes, end = times[first], times[first : first + p], times[first + p]
+        start = build.present
         build.evaluate()
-        for i in range(1, p + 1): # stages at the nodes inside, then the end
+        for i in range(1, p + 1):  # stages at the nodes inside, then the end
             u = nodes[i] if i < p else end
-            if i == 1: weights = np.array([build.span(t, u)])
+            if i == 1:
+                weights = np.array([build.span(t, u)])
             else:
-                h, at, span, full = kappa.step(nodes[:i], t, u); psi = 1 + np.expm1(-h) / h
-                rise = span / (2 * at[1]) if p == 2 else full * psi / at[i - 1] # per unit of q_i-1 - q_0
-                weights = np.array([span - rise, *[0.] * (i - 2), rise])
+                h, at, span, full = kappa.step(nodes[:i], t, u)
+                psi = 1 + np.expm1(-h) / h
+                rise = (
+                    span / (2 * at[1]) if p == 2 else full * psi / at[i - 1]
+                )  # per unit of q_i-1 - q_0
+                weights = np.array([span - rise, *[0.0] * (i - 2), rise])
             build.move(u, weights, start)
-            if i < p: build.evaluate()
+            if i < p:
+                build.evaluate()
         first += p
     return build.solver(name, len(orders))
 
 # %% ../nbs/method/06_exponential.ipynb #dc2f6588
 def unipc_rules(
-    variant: str, # 'bh1' or 'bh2'
-    path: NoisePath, # where the times live
-) -> tuple[Callable, Callable]: # (predictor, corrector), each rule(times [q], a, b) -> weights [q]
+    variant: str,  # 'bh1' or 'bh2'
+    path: NoisePath,  # where the times live
+) -> tuple[Callable, Callable]:  # (predictor, corrector), each rule(times [q], a, b) -> weights [q]
     "Weights of UniP-p and UniC-p in data coordinates; the corrector's times end with b."
     kappa = _Kappa('data', path)
+
     def weights(times, a, b, corrector):
-        if len(times) == 1: return np.array([kappa.span(a, b)])
+        if len(times) == 1:
+            return np.array([kappa.span(a, b)])
         h, at, span, full = kappa.step(times, a, b)
-        now = len(at) - 1 - corrector; others = np.delete(np.arange(len(at)), now); r = at[others] # position of q_0; the other points, b = 1 last
+        now = len(at) - 1 - corrector
+        others = np.delete(np.arange(len(at)), now)
+        r = at[others]  # position of q_0; the other points, b = 1 last
         B = -h if variant == 'bh1' else np.expm1(-h)
         phi, factorial, rhs = np.expm1(-h) / -h - 1, 1, []
         for i in range(1, len(r) + 1):
-            factorial *= i; rhs.append(phi * factorial / B); phi = phi / -h - 1 / (factorial * (i + 1))
-        rho = np.array([.5]) if len(r) == 1 else np.linalg.solve(np.vander(r, increasing=True).T, rhs)
-        out = np.zeros(len(at)); out[others] = -full * B * rho / r; out[now] = span - out.sum()
+            factorial *= i
+            rhs.append(phi * factorial / B)
+            phi = phi / -h - 1 / (factorial * (i + 1))
+        rho = (
+            np.array([0.5])
+            if len(r) == 1
+            else np.linalg.solve(np.vander(r, increasing=True).T, rhs)
+        )
+        out = np.zeros(len(at))
+        out[others] = -full * B * rho / r
+        out[now] = span - out.sum()
         return out
+
     return lambda *args: weights(*args, False), lambda *args: weights(*args, True)
 
+
 def unipc(
-    steps: int, # number of steps N
-    order: int = 2, # 1 to 3
-    path: NoisePath = VPPath(), # where the times live
-    spacing: str | Tensor = 'time', # a name from GRIDS, or the N + 1 nodes
-    variant: str = 'bh2', # B(h): 'bh1' or 'bh2'
-    corrector: bool = True, # False: the predictor alone, UniP
-    start: str = 'low-order', # 'low-order', or 'rk4': see `multistep`
-    finish: str = 'low-order', # 'low-order' (usual below 15 steps) or 'full'
-    t_start: float | None = None, # first time; None = the path's noise
-    t_end: float | None = None, # last time; None = the path's t_end
+    steps: int,  # number of steps N
+    order: int = 2,  # 1 to 3
+    path: NoisePath = VPPath(),  # where the times live
+    spacing: str | Tensor = 'time',  # a name from GRIDS, or the N + 1 nodes
+    variant: str = 'bh2',  # B(h): 'bh1' or 'bh2'
+    corrector: bool = True,  # False: the predictor alone, UniP
+    start: str = 'low-order',  # 'low-order', or 'rk4': see `multistep`
+    finish: str = 'low-order',  # 'low-order' (usual below 15 steps) or 'full'
+    t_start: float | None = None,  # first time; None = the path's noise
+    t_end: float | None = None,  # last time; None = the path's t_end
 ) -> Solver:
     "UniPC (arXiv 2302.04867), data coordinates; the corrector costs no evaluation: NFE = steps."
-    check_int('order', order, 1, 3); check_choice('variant', variant, ('bh1', 'bh2'))
+    check_int('order', order, 1, 3)
+    check_choice('variant', variant, ('bh1', 'bh2'))
     predict, correct = unipc_rules(variant, path)
-    return multistep(_grid(steps, path, spacing, t_start, t_end), order, predict, f'unipc-{order}' if corrector else f'unip-{order}', start, finish, 'data', path,
-                     correct if corrector else None)
+    return multistep(
+        _grid(steps, path, spacing, t_start, t_end),
+        order,
+        predict,
+        f'unipc-{order}' if corrector else f'unip-{order}',
+        start,
+        finish,
+        'data',
+        path,
+        correct if corrector else None,
+    )

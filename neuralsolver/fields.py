@@ -10,109 +10,151 @@ import copy, math
 from typing import Callable, Protocol, runtime_checkable
 import torch
 from torch import nn, Tensor
-from .paths import LinearPath, NETWORK_TIMES, NoisePath, PREDICTIONS, per_sample, ShiftedPath
+from neuralsolver.paths import (
+    LinearPath,
+    NETWORK_TIMES,
+    NoisePath,
+    PREDICTIONS,
+    per_sample,
+    ShiftedPath,
+)
 from .utils import check_choice, check_float, check_int
 
 # %% ../nbs/method/03_fields.ipynb #f3afea56
 def guide(
-    cond: Tensor, # prediction with the class [B, C, ...]
-    uncond: Tensor, # prediction with the null class, same shape
-    scale: float, # guidance scale w; 1 = no guidance
-    channels: int | None = None, # guide only the first `channels` channels (axis 1); None = all
-) -> Tensor: # guided prediction [B, C, ...]
+    cond: Tensor,  # prediction with the class [B, C, ...]
+    uncond: Tensor,  # prediction with the null class, same shape
+    scale: float,  # guidance scale w; 1 = no guidance
+    channels: int | None = None,  # guide only the first `channels` channels (axis 1); None = all
+) -> Tensor:  # guided prediction [B, C, ...]
     "u + w (c - u) on the guided channels, c on the others (arXiv 2207.12598)."
-    if channels is None: return torch.lerp(uncond, cond, scale)
-    return torch.cat([torch.lerp(uncond[:, :channels], cond[:, :channels], scale), cond[:, channels:]], 1)
+    if channels is None:
+        return torch.lerp(uncond, cond, scale)
+    return torch.cat(
+        [torch.lerp(uncond[:, :channels], cond[:, :channels], scale), cond[:, channels:]], 1
+    )
 
 # %% ../nbs/method/03_fields.ipynb #9237ea5c
 @runtime_checkable
 class PathField(Protocol):
     "A field that knows its path and returns the prediction it is asked for: `Field`, `GaussianMixture`, and what wraps them."
+
     path: NoisePath
 
     def on(self, path: NoisePath, coordinates: str) -> Callable:
         "This field, returning the prediction `coordinates`; ValueError if the solver belongs to another path."
 
+
 def field_on(
-    field: Callable, # a `PathField`, or a function that is taken as it is
-    path: NoisePath, # a solver's path
-    coordinates: str, # a solver's coordinates
+    field: Callable,  # a `PathField`, or a function that is taken as it is
+    path: NoisePath,  # a solver's path
+    coordinates: str,  # a solver's coordinates
 ) -> Callable:
     "The field as a solver wants it."
     return field.on(path, coordinates) if isinstance(field, PathField) else field
 
+
 def path_of(
-    field: object, # a field or a network
+    field: object,  # a field or a network
 ) -> NoisePath:
     "The path a field or network says it belongs to, else the linear one."
     return getattr(field, 'path', LinearPath())
 
+
 class Field:
     "A class-conditional network as a field: `field(x, t, labels) -> prediction`. `sample` picks the prediction that its solver integrates."
+
     def __init__(
         self,
-        net: Callable, # network `net(x [B, C, ...], t [B], y [B]) -> [B, C, ...]`; channels after the first C (a learned variance) are dropped
-        path: NoisePath | None = None, # the path to sample along; None = `net.path`, or LinearPath(). With DDPMPath give network_time='1000t-1'
-        prediction: str | None = None, # what the network predicts, one of PREDICTIONS; None = `net.prediction`, or 'velocity'
-        target: str | None = None, # what a call returns; None = `prediction`
-        guidance: float = 1.0, # guidance scale w; 1 = none
-        guided_channels: int | None = None, # guide the first channels only; None = `net.guided_channels`, or all
-        null_label: int | None = None, # index of the null class; None = `net.num_classes`
-        network_time: str | None = None, # what the network is told, a key of NETWORK_TIMES; None = `net.network_time`, or 't'
+        net: Callable,  # network `net(x [B, C, ...], t [B], y [B]) -> [B, C, ...]`; channels after the first C (a learned variance) are dropped
+        path: NoisePath
+        | None = None,  # the path to sample along; None = `net.path`, or LinearPath(). With DDPMPath give network_time='1000t-1'
+        prediction: str
+        | None = None,  # what the network predicts, one of PREDICTIONS; None = `net.prediction`, or 'velocity'
+        target: str | None = None,  # what a call returns; None = `prediction`
+        guidance: float = 1.0,  # guidance scale w; 1 = none
+        guided_channels: int
+        | None = None,  # guide the first channels only; None = `net.guided_channels`, or all
+        null_label: int | None = None,  # index of the null class; None = `net.num_classes`
+        network_time: str
+        | None = None,  # what the network is told, a key of NETWORK_TIMES; None = `net.network_time`, or 't'
     ):
         self.net, self.path = net, path_of(net) if path is None else path
-        self.prediction = check_choice('prediction', prediction or getattr(net, 'prediction', 'velocity'), PREDICTIONS)
+        self.prediction = check_choice(
+            'prediction', prediction or getattr(net, 'prediction', 'velocity'), PREDICTIONS
+        )
         self.target = check_choice('target', target or self.prediction, PREDICTIONS)
-        self.network_time = check_choice('network_time', network_time or getattr(net, 'network_time', 't'), NETWORK_TIMES)
-        if isinstance(self.path, ShiftedPath) and (self.prediction == 'velocity' or self.network_time == 't'):
-            raise ValueError(f"on {self.path} a rectified-flow network needs prediction='flow' and network_time='alpha'.")
+        self.network_time = check_choice(
+            'network_time', network_time or getattr(net, 'network_time', 't'), NETWORK_TIMES
+        )
+        if isinstance(self.path, ShiftedPath) and (
+            self.prediction == 'velocity' or self.network_time == 't'
+        ):
+            raise ValueError(
+                f"on {self.path} a rectified-flow network needs prediction='flow' and network_time='alpha'."
+            )
         self.guidance = check_float('guidance', guidance, low=0)
-        guided_channels = getattr(net, 'guided_channels', None) if guided_channels is None else guided_channels
-        self.guided_channels = None if guided_channels is None else check_int('guided_channels', guided_channels)
+        guided_channels = (
+            getattr(net, 'guided_channels', None) if guided_channels is None else guided_channels
+        )
+        self.guided_channels = (
+            None if guided_channels is None else check_int('guided_channels', guided_channels)
+        )
         self.null_label = getattr(net, 'num_classes', None) if null_label is None else null_label
         if self.guidance != 1 and self.null_label is None:
-            raise ValueError(f'guidance={guidance} needs the null class of the network: give null_label (1000 for ImageNet models).')
+            raise ValueError(
+                f'guidance={guidance} needs the null class of the network: give null_label (1000 for ImageNet models).'
+            )
         param = next(iter(net.parameters()), None) if isinstance(net, nn.Module) else None
         self.dtype = None if param is None else param.dtype
 
     def on(
         self,
-        path: NoisePath, # a solver's path
-        coordinates: str, # a solver's coordinates
-    ) -> 'Field': # this field, returning that prediction
+        path: NoisePath,  # a solver's path
+        coordinates: str,  # a solver's coordinates
+    ) -> 'Field':  # this field, returning that prediction
         "The field as a solver wants it; ValueError if the solver belongs to another path."
         if path != self.path:
-            raise ValueError(f'the solver belongs to {path}, the field to {self.path}: re-express it with neuralsolver.change_path(solver, field.path).')
-        field = copy.copy(self); field.target = coordinates
+            raise ValueError(
+                f'the solver belongs to {path}, the field to {self.path}: re-express it with neuralsolver.change_path(solver, field.path).'
+            )
+        field = copy.copy(self)
+        field.target = coordinates
         return field
 
     def __call__(
         self,
-        x: Tensor, # state [B, C, ...]
-        t: Tensor, # 0-d, in the path's time
-        labels: Tensor, # int64 class labels [B]
-    ) -> Tensor: # prediction [B, C, ...] in x's dtype
+        x: Tensor,  # state [B, C, ...]
+        t: Tensor,  # 0-d, in the path's time
+        labels: Tensor,  # int64 class labels [B]
+    ) -> Tensor:  # prediction [B, C, ...] in x's dtype
         "The guided prediction at state x and time t."
         inputs, y = x.to(self.dtype or x.dtype), labels
         if self.guidance != 1:
-            inputs, y = torch.cat([inputs, inputs]), torch.cat([labels, torch.full_like(labels, self.null_label)])
+            inputs, y = (
+                torch.cat([inputs, inputs]),
+                torch.cat([labels, torch.full_like(labels, self.null_label)]),
+            )
         told = NETWORK_TIMES[self.network_time](self.path, t)
-        if self.network_time in ('t', 'alpha'): told = told.to(inputs) # an index near 1000 needs more digits than half precision has
-        out = self.net(inputs, told.expand(len(inputs)), y)[:, :x.shape[1]].to(x.dtype)
-        if self.guidance != 1: out = guide(*out.chunk(2), self.guidance, self.guided_channels)
+        if self.network_time in ('t', 'alpha'):
+            told = told.to(inputs)  # an index near 1000 needs more digits than half precision has
+        out = self.net(inputs, told.expand(len(inputs)), y)[:, : x.shape[1]].to(x.dtype)
+        if self.guidance != 1:
+            out = guide(*out.chunk(2), self.guidance, self.guided_channels)
         return self.path.convert(x, t, out, self.prediction, self.target)
 
 # %% ../nbs/method/03_fields.ipynb #1c9df936
 class GaussianMixture(nn.Module):
     "The exact prediction for data from a Gaussian mixture; called like a network, or without labels for the unconditional field."
+
     def __init__(
         self,
-        centers: Tensor, # component means [K, ...]
-        std: float, # standard deviation of every component, > 0
-        labels: Tensor | None = None, # int64 class of every component [K]; None = one class
-        weights: Tensor | None = None, # component weights [K], positive; None = equal
-        path: NoisePath = LinearPath(), # noise path
-        prediction: str = 'velocity', # what is returned, one of PREDICTIONS
+        centers: Tensor,  # component means [K, ...]
+        std: float,  # standard deviation of every component, > 0
+        labels: Tensor | None = None,  # int64 class of every component [K]; None = one class
+        weights: Tensor | None = None,  # component weights [K], positive; None = equal
+        path: NoisePath = LinearPath(),  # noise path
+        prediction: str = 'velocity',  # what is returned, one of PREDICTIONS
     ):
         super().__init__()
         self.std = check_float('std', std, low=1e-12)
@@ -120,14 +162,18 @@ class GaussianMixture(nn.Module):
         weights = (torch.ones(len(centers)) if weights is None else weights).to(centers)
         self.register_buffer('centers', centers.flatten(1))
         self.register_buffer('log_weights', (weights / weights.sum()).log())
-        self.register_buffer('labels', torch.zeros(len(centers), dtype=torch.int64) if labels is None else labels)
+        self.register_buffer(
+            'labels', torch.zeros(len(centers), dtype=torch.int64) if labels is None else labels
+        )
         self.register_buffer('square_norms', self.centers.square().sum(1))
         self.sample_shape, self.num_classes = tuple(centers.shape[1:]), int(self.labels.max()) + 1
 
     def posterior(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         "Responsibility of every component [B, K] for flattened states x [B, D]; y as in `forward`."
         a, s = self.path.alpha(t), self.path.sigma(t)
-        logits = (a * (x @ self.centers.T) - a ** 2 / 2 * self.square_norms) / ((a * self.std) ** 2 + s ** 2) + self.log_weights
+        logits = (a * (x @ self.centers.T) - a**2 / 2 * self.square_norms) / (
+            (a * self.std) ** 2 + s**2
+        ) + self.log_weights
         if y is not None:
             excluded = (y[:, None] != self.labels) & (y[:, None] != self.num_classes)
             logits = logits.masked_fill(excluded, -math.inf)
@@ -135,22 +181,34 @@ class GaussianMixture(nn.Module):
 
     def forward(
         self,
-        x: Tensor, # state [B, *sample_shape]
-        t: Tensor, # 0-d or [B], in the path's time
-        y: Tensor | None = None, # int64 class labels [B]; num_classes = the null class; None = unconditional
-    ) -> Tensor: # prediction, shaped like x
+        x: Tensor,  # state [B, *sample_shape]
+        t: Tensor,  # 0-d or [B], in the path's time
+        y: Tensor
+        | None = None,  # int64 class labels [B]; num_classes = the null class; None = unconditional
+    ) -> Tensor:  # prediction, shaped like x
         "The exact conditional expectation of the predicted quantity."
-        flat = x.flatten(1); t = per_sample(t, flat)
-        a, s = self.path.alpha(t), self.path.sigma(t); var = (a * self.std) ** 2 + s ** 2
+        flat = x.flatten(1)
+        t = per_sample(t, flat)
+        a, s = self.path.alpha(t), self.path.sigma(t)
+        var = (a * self.std) ** 2 + s**2
         mean = self.posterior(flat, t, y) @ self.centers
-        data = mean + a * self.std ** 2 / var * (flat - a * mean)
+        data = mean + a * self.std**2 / var * (flat - a * mean)
         noise = s / var * (flat - a * mean)
-        if self.prediction in ('data', 'noise'): return (data if self.prediction == 'data' else noise).view_as(x)
-        da, ds = (self.path.alpha_dot(t), self.path.sigma_dot(t)) if self.prediction == 'velocity' else (1, -1)
+        if self.prediction in ('data', 'noise'):
+            return (data if self.prediction == 'data' else noise).view_as(x)
+        da, ds = (
+            (self.path.alpha_dot(t), self.path.sigma_dot(t))
+            if self.prediction == 'velocity'
+            else (1, -1)
+        )
         return (da * data + ds * noise).view_as(x)
 
     def on(self, path: NoisePath, coordinates: str) -> 'GaussianMixture':
         "The field as a solver wants it; ValueError if the solver belongs to another path."
-        if path != self.path: raise ValueError(f'the solver belongs to {path}, the field to {self.path}: make the mixture with path={path}.')
-        field = copy.copy(self); field.prediction = coordinates
+        if path != self.path:
+            raise ValueError(
+                f'the solver belongs to {path}, the field to {self.path}: make the mixture with path={path}.'
+            )
+        field = copy.copy(self)
+        field.prediction = coordinates
         return field

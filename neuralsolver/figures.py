@@ -14,8 +14,8 @@ from .utils import atomic_path
 
 # %% ../nbs/measure/02_figures.ipynb #3477f7d4
 def save_figure(
-    fig, # matplotlib figure
-    stem: str | os.PathLike, # path without suffix
+    fig,  # matplotlib figure
+    stem: str | os.PathLike,  # path without suffix
 ):
     "Write a PNG, atomically; the same figure gives the same file."
     with atomic_path(f'{stem}.png') as tmp:
@@ -23,142 +23,351 @@ def save_figure(
 
 # %% ../nbs/measure/02_figures.ipynb #9432597c
 def sample_grid(
-    stem: str | os.PathLike, # of the files written by `evaluate.write_reports`
+    stem: str | os.PathLike,  # of the files written by `evaluate.write_reports`
 ):
     "Example images, one row a solver, the same noise down a column."
     import matplotlib.pyplot as plt
+
     table = pd.read_csv(f'{stem}.csv').set_index('solver')
-    with np.load(f'{stem}_samples.npz') as f: rows = {name: f[name] for name in table.index if name in f.files}
-    side = next(iter(rows.values())).shape[2]; high = .55 if side < 64 else .8
+    with np.load(f'{stem}_samples.npz') as f:
+        rows = {name: f[name] for name in table.index if name in f.files}
+    side = next(iter(rows.values())).shape[2]
+    high = 0.55 if side < 64 else 0.8
     fig, axes = plt.subplots(len(rows), 1, figsize=(6.4, high * len(rows)), squeeze=False)
     for ax, (name, images) in zip(axes[:, 0], rows.items()):
-        ax.imshow(np.concatenate(list(images.transpose(0, 2, 3, 1)), 1).squeeze(), cmap='gray', vmin=0, vmax=255, aspect='auto'); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
-        ax.set_ylabel(f'{name}\n{table.nfe[name]:.0f} NFE', rotation=0, ha='right', va='center', fontsize=7)
-    fig.subplots_adjust(hspace=.03, wspace=0)
+        ax.imshow(
+            np.concatenate(list(images.transpose(0, 2, 3, 1)), 1).squeeze(),
+            cmap='gray',
+            vmin=0,
+            vmax=255,
+            aspect='auto',
+        )
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        ax.set_ylabel(
+            f'{name}\n{table.nfe[name]:.0f} NFE', rotation=0, ha='right', va='center', fontsize=7
+        )
+    fig.subplots_adjust(hspace=0.03, wspace=0)
     return fig
 
 # %% ../nbs/measure/02_figures.ipynb #f732b498
 def distances(
-    table: pd.DataFrame, # from an evaluation's CSV
-) -> dict[str, str]: # column: label
+    table: pd.DataFrame,  # from an evaluation's CSV
+) -> dict[str, str]:  # column: label
     "The two axes of a table: distance to the teacher, and Frechet distance on the features it was measured with."
-    return {'rmse': 'end-point RMSE to the teacher'} | ({'fd': 'Frechet distance, fashion-cnn features'} if 'fd' in table else {'fid': 'FID'})
+    return {'rmse': 'end-point RMSE to the teacher'} | (
+        {'fd': 'Frechet distance, fashion-cnn features'} if 'fd' in table else {'fid': 'FID'}
+    )
+
 
 def ranking(
-    table: pd.DataFrame, # rows of one number of evaluations, from an evaluation's CSV
-    floors: pd.DataFrame, # its rows 'teacher' and 'real'
+    table: pd.DataFrame,  # rows of one number of evaluations, from an evaluation's CSV
+    floors: pd.DataFrame,  # its rows 'teacher' and 'real'
 ):
     "RMSE and Frechet distance, one solver a line: for tables whose rows all spend the same number of evaluations."
     import matplotlib.pyplot as plt, seaborn as sns
-    blue, orange = sns.color_palette('colorblind', 2); y = np.arange(len(table))
-    fig, axes = plt.subplots(1, 2, figsize=(9, .22 * len(table) + 1.2), sharey=True)
+
+    blue, orange = sns.color_palette('colorblind', 2)
+    y = np.arange(len(table))
+    fig, axes = plt.subplots(1, 2, figsize=(9, 0.22 * len(table) + 1.2), sharey=True)
     for ax, (metric, label) in zip(axes, distances(table).items()):
         for searched, colour, marker in ((False, blue, 'o'), (True, orange, 'D')):
             part = (table.params > 0).to_numpy() == searched
-            ax.errorbar(table[metric][part], y[part], xerr=table[f'{metric}_sd'][part].fillna(0), fmt=marker, ms=5, lw=1, color=colour, label='searched' if searched else 'classical')
+            ax.errorbar(
+                table[metric][part],
+                y[part],
+                xerr=table[f'{metric}_sd'][part].fillna(0),
+                fmt=marker,
+                ms=5,
+                lw=1,
+                color=colour,
+                label='searched' if searched else 'classical',
+            )
         if metric != 'rmse':
-            for (_, row), style in zip(floors.iterrows(), ('--', ':')): ax.axvline(row[metric], c='.4', lw=1, ls=style, label=row.solver)
-        ax.set(xscale='log', xlabel=label); ax.grid(axis='y', lw=.3)
-    axes[0].set(yticks=y, yticklabels=table.solver); axes[0].invert_yaxis(); [ax.tick_params(labelsize=8) for ax in axes]; axes[1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1.01, 1), loc='upper left')
-    fig.suptitle(f'{table.model.iloc[0]}, {table.nfe.iloc[0]:.0f} evaluations', fontsize=10); fig.tight_layout()
+            for (_, row), style in zip(floors.iterrows(), ('--', ':')):
+                ax.axvline(row[metric], c='.4', lw=1, ls=style, label=row.solver)
+        ax.set(xscale='log', xlabel=label)
+        ax.grid(axis='y', lw=0.3)
+    axes[0].set(yticks=y, yticklabels=table.solver)
+    axes[0].invert_yaxis()
+    [ax.tick_params(labelsize=8) for ax in axes]
+    axes[1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1.01, 1), loc='upper left')
+    fig.suptitle(f'{table.model.iloc[0]}, {table.nfe.iloc[0]:.0f} evaluations', fontsize=10)
+    fig.tight_layout()
     return fig
 
+
 def trade_off(
-    stem: str | os.PathLike, # of the files written by `evaluate.write_reports`
+    stem: str | os.PathLike,  # of the files written by `evaluate.write_reports`
 ):
     "RMSE and Frechet distance against network evaluations; `ranking` if all rows spend the same number."
     import matplotlib.pyplot as plt, seaborn as sns
-    table = pd.read_csv(f'{stem}.csv'); rows = table[~table.solver.isin(['teacher', 'real'])].copy()
-    rows['kind'] = np.where(rows.params > 0, 'searched', 'classical'); floors = table[table.solver.isin(['teacher', 'real'])]
-    if len(rows) > 1 and rows.nfe.nunique() == 1: return ranking(rows, floors)
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6)); palette = dict(zip(rows.solver, sns.color_palette('colorblind', len(rows))))
-    spread = np.linspace(-.35, .35, len(rows)) if len(rows) > 1 else np.zeros(1) # several solvers share an NFE: side by side
+
+    table = pd.read_csv(f'{stem}.csv')
+    rows = table[~table.solver.isin(['teacher', 'real'])].copy()
+    rows['kind'] = np.where(rows.params > 0, 'searched', 'classical')
+    floors = table[table.solver.isin(['teacher', 'real'])]
+    if len(rows) > 1 and rows.nfe.nunique() == 1:
+        return ranking(rows, floors)
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    palette = dict(zip(rows.solver, sns.color_palette('colorblind', len(rows))))
+    spread = (
+        np.linspace(-0.35, 0.35, len(rows)) if len(rows) > 1 else np.zeros(1)
+    )  # several solvers share an NFE: side by side
     for ax, (metric, label) in zip(axes, distances(table).items()):
         at = rows.assign(nfe=rows.nfe + spread)
-        sns.scatterplot(at, x='nfe', y=metric, hue='solver', style='kind', markers={'classical': 'o', 'searched': 'X'}, palette=palette, s=55, ax=ax, legend=ax is axes[1])
-        ax.errorbar(at.nfe, at[metric], at[f'{metric}_sd'].fillna(0), fmt='none', ecolor='.5', lw=1, zorder=0)
+        sns.scatterplot(
+            at,
+            x='nfe',
+            y=metric,
+            hue='solver',
+            style='kind',
+            markers={'classical': 'o', 'searched': 'X'},
+            palette=palette,
+            s=55,
+            ax=ax,
+            legend=ax is axes[1],
+        )
+        ax.errorbar(
+            at.nfe,
+            at[metric],
+            at[f'{metric}_sd'].fillna(0),
+            fmt='none',
+            ecolor='.5',
+            lw=1,
+            zorder=0,
+        )
         if metric != 'rmse':
             for (_, f), style in zip(floors.iterrows(), ('--', ':')):
                 ax.axhline(f[metric], c='.4', lw=1, ls=style, label=f.solver)
             ax.legend(fontsize=7, frameon=False, bbox_to_anchor=(1.01, 1), loc='upper left')
-        if rows[metric].max() > 10 * rows[metric].min() > 0: ax.set_yscale('log')
-        ax.set(xlabel='network evaluations (NFE, guided)', ylabel=label, ylim=(None, None) if ax.get_yscale() == 'log' else (0, None))
+        if rows[metric].max() > 10 * rows[metric].min() > 0:
+            ax.set_yscale('log')
+        ax.set(
+            xlabel='network evaluations (NFE, guided)',
+            ylabel=label,
+            ylim=(None, None) if ax.get_yscale() == 'log' else (0, None),
+        )
     fig.tight_layout()
     return fig
 
 # %% ../nbs/measure/02_figures.ipynb #ff877f87
 def styles(
-    solvers: list[str], # names, in order
-    own: str, # name of the tables searched on the model itself
-) -> dict[str, dict]: # name: colour, marker and line style of matplotlib
+    solvers: list[str],  # names, in order
+    own: str,  # name of the tables searched on the model itself
+) -> dict[str, dict]:  # name: colour, marker and line style of matplotlib
     "One colour a solver from the colour-blind palette; classical rules dashed, published tables dotted, our own solid."
     import seaborn as sns
-    palette, published = sns.color_palette('colorblind', 10), ('flowdcn-b-2', 'sit-xl-2', 'dit-xl-2')
-    return {s: dict(color='k' if s == own else palette[i % 10], ls='-' if s == own else ':' if s in published else '--', marker='D' if s == own else '^' if s in published else 'osvPX'[i % 5],
-                    ms=4, lw=1.6 if s == own else 1.1) for i, s in enumerate(solvers)}
+
+    palette, published = (
+        sns.color_palette('colorblind', 10),
+        ('flowdcn-b-2', 'sit-xl-2', 'dit-xl-2'),
+    )
+    return {
+        s: dict(
+            color='k' if s == own else palette[i % 10],
+            ls='-' if s == own else ':' if s in published else '--',
+            marker='D' if s == own else '^' if s in published else 'osvPX'[i % 5],
+            ms=4,
+            lw=1.6 if s == own else 1.1,
+        )
+        for i, s in enumerate(solvers)
+    }
+
 
 def curve_panel(
-    ax, # matplotlib axes
-    rows: pd.DataFrame, # of a curve, without floors
-    x: str, # column across
-    y: str, # column upwards
-    style: dict[str, dict], # from `styles`
-    floors: dict[str, float] | None = None, # values of teacher and real images
+    ax,  # matplotlib axes
+    rows: pd.DataFrame,  # of a curve, without floors
+    x: str,  # column across
+    y: str,  # column upwards
+    style: dict[str, dict],  # from `styles`
+    floors: dict[str, float] | None = None,  # values of teacher and real images
 ):
     "One line a solver with its band."
     for s in style:
         line = rows[(rows.solver == s) & rows[y].notna()].sort_values('steps')
-        if line.empty: continue
+        if line.empty:
+            continue
         ax.plot(line[x], line[y], label=s, **style[s])
-        if f'{y}_sd' in line and style[s]['ls'] == 'none': ax.errorbar(line[x], line[y], line[f'{y}_sd'].fillna(0), fmt='none', ecolor=style[s]['color'], lw=.7)
-        elif f'{y}_sd' in line: ax.fill_between(line[x], line[y] - line[f'{y}_sd'].fillna(0), line[y] + line[f'{y}_sd'].fillna(0), color=style[s]['color'], alpha=.15, lw=0)
+        if f'{y}_sd' in line and style[s]['ls'] == 'none':
+            ax.errorbar(
+                line[x],
+                line[y],
+                line[f'{y}_sd'].fillna(0),
+                fmt='none',
+                ecolor=style[s]['color'],
+                lw=0.7,
+            )
+        elif f'{y}_sd' in line:
+            ax.fill_between(
+                line[x],
+                line[y] - line[f'{y}_sd'].fillna(0),
+                line[y] + line[f'{y}_sd'].fillna(0),
+                color=style[s]['color'],
+                alpha=0.15,
+                lw=0,
+            )
     for (name, value), ls in zip((floors or {}).items(), ('--', ':')):
-        if pd.notna(value): ax.axhline(value, c='.45', lw=.8, ls=ls); ax.annotate(name, (1, value), xycoords=('axes fraction', 'data'), ha='right', va='bottom', fontsize=6, color='.35')
-    ax.grid(lw=.3, alpha=.6); ax.tick_params(labelsize=7); ax.xaxis.label.set_size(7.5); ax.yaxis.label.set_size(7.5)
+        if pd.notna(value):
+            ax.axhline(value, c='.45', lw=0.8, ls=ls)
+            ax.annotate(
+                name,
+                (1, value),
+                xycoords=('axes fraction', 'data'),
+                ha='right',
+                va='bottom',
+                fontsize=6,
+                color='.35',
+            )
+    ax.grid(lw=0.3, alpha=0.6)
+    ax.tick_params(labelsize=7)
+    ax.xaxis.label.set_size(7.5)
+    ax.yaxis.label.set_size(7.5)
 
 # %% ../nbs/measure/02_figures.ipynb #f75ad0c2
 def read_curve(
-    stem: str | os.PathLike, # of the files written by `evaluate.write_curve`
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, dict], str]: # rows, floors, styles, model
+    stem: str | os.PathLike,  # of the files written by `evaluate.write_curve`
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, dict], str]:  # rows, floors, styles, model
     "What a figure of curves is drawn from."
-    table = pd.read_csv(f'{stem}.csv'); floors = table.solver.isin(['teacher', 'real']); rows = table[~floors].copy(); model = table.model.iloc[0]
+    table = pd.read_csv(f'{stem}.csv')
+    floors = table.solver.isin(['teacher', 'real'])
+    rows = table[~floors].copy()
+    model = table.model.iloc[0]
     rows['ms_each'] = 1000 * rows.seconds / rows.samples
-    return rows, table[floors].set_index('solver'), styles(list(dict.fromkeys(rows.solver)), model), model
+    return (
+        rows,
+        table[floors].set_index('solver'),
+        styles(list(dict.fromkeys(rows.solver)), model),
+        model,
+    )
+
 
 def curves(
-    stem: str | os.PathLike, # of the files written by `evaluate.write_curve`
+    stem: str | os.PathLike,  # of the files written by `evaluate.write_curve`
 ):
     "Figure 4 of the paper and what it leaves out: distance and error against evaluations, the reported FID, and distance against time."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, MaxNLocator
-    rows, floors, style, model = read_curve(stem); names = {m: t.replace(', fashion-cnn features', ' (fashion-cnn)') for m, t in distances(rows).items()}; metric = list(names)[1]
-    fig, axes = plt.subplots(2, 2, figsize=(6.7, 5.2)); floor = {r: floors[metric].get(r) for r in ('teacher', 'real')}
-    curve_panel(axes[0, 0], rows, 'nfe', metric, style, floor); axes[0, 0].set(title='measured', ylabel=names[metric], xlabel='network evaluations')
-    curve_panel(axes[0, 1], rows, 'nfe', 'reported_fid', style, {'teacher (Euler-50)': floors.reported_fid.get('teacher')}); axes[0, 1].set(title='reported by the paper', ylabel='FID', xlabel='network evaluations')
-    curve_panel(axes[1, 0], rows, 'nfe', 'rmse', style); axes[1, 0].set(yscale='log', ylabel=names['rmse'], xlabel='network evaluations')
-    curve_panel(axes[1, 1], rows, 'ms_each', metric, {s: v | dict(ls='none') for s, v in style.items()}, floor); axes[1, 1].set(ylabel=names[metric], xlabel='milliseconds an image, sampling alone')
-    if rows.rmse.max() < 20 * rows.rmse.min(): axes[1, 0].yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f'{v:g}' if f'{v:.0e}'[0] in '125' else '')); axes[1, 0].tick_params(which='minor', labelsize=6)
-    for ax in axes.flat: ax.title.set_size(8); ax.xaxis.set_major_locator(MaxNLocator(6, integer=ax is not axes[1, 1]))
+
+    rows, floors, style, model = read_curve(stem)
+    names = {
+        m: t.replace(', fashion-cnn features', ' (fashion-cnn)') for m, t in distances(rows).items()
+    }
+    metric = list(names)[1]
+    fig, axes = plt.subplots(2, 2, figsize=(6.7, 5.2))
+    floor = {r: floors[metric].get(r) for r in ('teacher', 'real')}
+    curve_panel(axes[0, 0], rows, 'nfe', metric, style, floor)
+    axes[0, 0].set(title='measured', ylabel=names[metric], xlabel='network evaluations')
+    curve_panel(
+        axes[0, 1],
+        rows,
+        'nfe',
+        'reported_fid',
+        style,
+        {'teacher (Euler-50)': floors.reported_fid.get('teacher')},
+    )
+    axes[0, 1].set(title='reported by the paper', ylabel='FID', xlabel='network evaluations')
+    curve_panel(axes[1, 0], rows, 'nfe', 'rmse', style)
+    axes[1, 0].set(yscale='log', ylabel=names['rmse'], xlabel='network evaluations')
+    curve_panel(
+        axes[1, 1],
+        rows,
+        'ms_each',
+        metric,
+        {s: v | dict(ls='none') for s, v in style.items()},
+        floor,
+    )
+    axes[1, 1].set(ylabel=names[metric], xlabel='milliseconds an image, sampling alone')
+    if rows.rmse.max() < 20 * rows.rmse.min():
+        axes[1, 0].yaxis.set_minor_formatter(
+            FuncFormatter(lambda v, _: f'{v:g}' if f'{v:.0e}'[0] in '125' else '')
+        )
+        axes[1, 0].tick_params(which='minor', labelsize=6)
+    for ax in axes.flat:
+        ax.title.set_size(8)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=ax is not axes[1, 1]))
     handles = {l: h for ax in axes.flat[:3] for h, l in zip(*ax.get_legend_handles_labels())}
-    fig.tight_layout(); fig.legend(handles.values(), handles.keys(), ncol=len(handles) if len(handles) < 7 else 4, fontsize=7, frameon=False, loc='upper center', bbox_to_anchor=(.5, .01))
+    fig.tight_layout()
+    fig.legend(
+        handles.values(),
+        handles.keys(),
+        ncol=len(handles) if len(handles) < 7 else 4,
+        fontsize=7,
+        frameon=False,
+        loc='upper center',
+        bbox_to_anchor=(0.5, 0.01),
+    )
     return fig
 
+
 def curve_metrics(
-    stem: str | os.PathLike, # of the files written by `evaluate.write_curve`
+    stem: str | os.PathLike,  # of the files written by `evaluate.write_curve`
 ):
     "Figure 6 of the paper: the other metrics against evaluations, measured above, reported below."
     import matplotlib.pyplot as plt
+
     rows, floors, style, model = read_curve(stem)
-    titles = dict(sfid='sFID', kid='KID', accuracy='accuracy', precision='precision', recall='recall') | {'is': 'inception score'}
-    shown = [m for m in ('sfid', 'is', 'precision', 'recall', 'kid', 'accuracy') if m in rows or (f'reported_{m}' in rows and rows[f'reported_{m}'].notna().any())]
+    titles = dict(
+        sfid='sFID', kid='KID', accuracy='accuracy', precision='precision', recall='recall'
+    ) | {'is': 'inception score'}
+    shown = [
+        m
+        for m in ('sfid', 'is', 'precision', 'recall', 'kid', 'accuracy')
+        if m in rows or (f'reported_{m}' in rows and rows[f'reported_{m}'].notna().any())
+    ]
     told = any(rows[f'reported_{m}'].notna().any() for m in shown if f'reported_{m}' in rows)
-    fig, axes = plt.subplots(1 + told, len(shown), figsize=(1.62 * len(shown) + .4, 1.75 * (1 + told) + .5), squeeze=False)
+    fig, axes = plt.subplots(
+        1 + told,
+        len(shown),
+        figsize=(1.62 * len(shown) + 0.4, 1.75 * (1 + told) + 0.5),
+        squeeze=False,
+    )
     for column, m in zip(axes.T, shown):
         for ax, y in zip(column, (m, f'reported_{m}')):
-            if y not in rows or rows[y].isna().all(): ax.set_axis_off(); ax.text(.5, .5, 'not measured' if y == m else 'not reported', ha='center', va='center', fontsize=7, color='.5', transform=ax.transAxes); continue
-            curve_panel(ax, rows, 'nfe', y, style, {'teacher': floors[y].get('teacher')} | ({'real': floors[y].get('real')} if y == m else {}))
-        column[0].set_title(titles[m], fontsize=8); column[-1].set_xlabel('network evaluations', fontsize=7)
-    for ax, label in zip(axes[:, 0], ('measured', 'reported')): ax.text(-.42, .5, label, rotation=90, transform=ax.transAxes, va='center', ha='center', fontsize=8)
+            if y not in rows or rows[y].isna().all():
+                ax.set_axis_off()
+                ax.text(
+                    0.5,
+                    0.5,
+                    'not measured' if y == m else 'not reported',
+                    ha='center',
+                    va='center',
+                    fontsize=7,
+                    color='.5',
+                    transform=ax.transAxes,
+                )
+                continue
+            curve_panel(
+                ax,
+                rows,
+                'nfe',
+                y,
+                style,
+                {'teacher': floors[y].get('teacher')}
+                | ({'real': floors[y].get('real')} if y == m else {}),
+            )
+        column[0].set_title(titles[m], fontsize=8)
+        column[-1].set_xlabel('network evaluations', fontsize=7)
+    for ax, label in zip(axes[:, 0], ('measured', 'reported')):
+        ax.text(
+            -0.42,
+            0.5,
+            label,
+            rotation=90,
+            transform=ax.transAxes,
+            va='center',
+            ha='center',
+            fontsize=8,
+        )
     handles = {l: h for ax in axes.flat for h, l in zip(*ax.get_legend_handles_labels())}
-    fig.tight_layout(w_pad=.4); fig.legend(handles.values(), handles.keys(), ncol=min(8, len(handles)), fontsize=7, frameon=False, loc='upper center', bbox_to_anchor=(.5, .02))
+    fig.tight_layout(w_pad=0.4)
+    fig.legend(
+        handles.values(),
+        handles.keys(),
+        ncol=min(8, len(handles)),
+        fontsize=7,
+        frameon=False,
+        loc='upper center',
+        bbox_to_anchor=(0.5, 0.02),
+    )
     return fig

@@ -18,244 +18,512 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from .metrics import BLOCK, blocks, frechet_distance, import_torch_fidelity, inception_score, MIN_SAMPLES, Moments, moments, precision_recall
+from neuralsolver.metrics import (
+    BLOCK,
+    blocks,
+    frechet_distance,
+    import_torch_fidelity,
+    inception_score,
+    MIN_SAMPLES,
+    Moments,
+    moments,
+    precision_recall,
+)
 from .utils import asset_file, atomic_path, check_int, sha256
 
 # %% ../nbs/measure/03_inception.ipynb #2e6548bd
-INCEPTION = 'weights-inception-2015-12-05-6726825d.pth' # torch-fidelity's file; the last part begins its SHA-256
+INCEPTION = 'weights-inception-2015-12-05-6726825d.pth'  # torch-fidelity's file; the last part begins its SHA-256
 INCEPTION_SOURCE = f'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}'
 
+
 def inception_file(
-    path: str | os.PathLike = '', # a local file; '' = look for it
+    path: str | os.PathLike = '',  # a local file; '' = look for it
 ) -> Path:
     "The weights of the Inception network on disk; see `asset_file`."
-    return asset_file('inception', INCEPTION, INCEPTION_SOURCE, INCEPTION.split('-')[-1][:8], path or None)
+    return asset_file(
+        'inception', INCEPTION, INCEPTION_SOURCE, INCEPTION.split('-')[-1][:8], path or None
+    )
+
 
 @contextlib.contextmanager
 def _no_tf32() -> Iterator[None]:
     "PyTorch rounds the factors of convolutions on CUDA to 10 bits by default; features are float32 on every device."
     flags, before = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
     flags.allow_tf32 = False
-    try: yield
-    finally: flags.allow_tf32 = before
+    try:
+        yield
+    finally:
+        flags.allow_tf32 = before
+
 
 class Inception:
     "torch-fidelity's Inception network; called with images, gives the three heads."
+
     def __init__(
         self,
-        weights: str | os.PathLike, # from `inception_file`
-        device: str | torch.device = 'cpu', # where it runs
+        weights: str | os.PathLike,  # from `inception_file`
+        device: str | torch.device = 'cpu',  # where it runs
     ):
-        torch.load(weights, weights_only=True) # torch-fidelity would run code that is in the file
+        torch.load(weights, weights_only=True)  # torch-fidelity would run code that is in the file
         import_torch_fidelity()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         self.name, self.device = f'inception-{sha256(weights)[:10]}', torch.device(device)
-        self.net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'], feature_extractor_weights_path=str(weights)).to(device)
+        self.net = FeatureExtractorInceptionV3(
+            'inception-v3-compat',
+            ['2048', 'logits_unbiased'],
+            feature_extractor_weights_path=str(weights),
+        ).to(device)
         self.net.Mixed_6d.register_forward_hook(self._keep)
 
-    def _keep(self, module, inputs, out): self.spatial = out[:, :7].permute(0, 2, 3, 1).flatten(1)
+    def _keep(self, module, inputs, out):
+        self.spatial = out[:, :7].permute(0, 2, 3, 1).flatten(1)
 
     @torch.no_grad()
     def __call__(
         self,
-        images: Tensor, # uint8 [N, 3, H, W]
-    ) -> dict[str, Tensor]: # features [N, 2048], spatial [N, 2023], logits [N, 1008]; float32, on the CPU
+        images: Tensor,  # uint8 [N, 3, H, W]
+    ) -> dict[
+        str, Tensor
+    ]:  # features [N, 2048], spatial [N, 2023], logits [N, 1008]; float32, on the CPU
         "The heads of a batch."
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images): raise ValueError(f'images are {images.dtype} {list(images.shape)}: give uint8 [N, 3, H, W], N >= 1.')
-        with torch.autocast(self.device.type, enabled=False), _no_tf32(): features, logits = self.net(images.to(self.device))
-        return {k: v.float().cpu().clone() for k, v in dict(features=features, spatial=self.spatial, logits=logits).items()}
+        if (
+            images.dtype != torch.uint8
+            or images.ndim != 4
+            or images.shape[1] != 3
+            or not len(images)
+        ):
+            raise ValueError(
+                f'images are {images.dtype} {list(images.shape)}: give uint8 [N, 3, H, W], N >= 1.'
+            )
+        with torch.autocast(self.device.type, enabled=False), _no_tf32():
+            features, logits = self.net(images.to(self.device))
+        return {
+            k: v.float().cpu().clone()
+            for k, v in dict(features=features, spatial=self.spatial, logits=logits).items()
+        }
 
 # %% ../nbs/measure/03_inception.ipynb #3f72543e
 class ImageReference(NamedTuple):
     "Statistics of real images; None where the source has none."
-    mu: Tensor # float64 [2048]
-    sigma: Tensor # float64 [2048, 2048]
-    mu_s: Tensor | None # float64 [2023], of the spatial head
-    sigma_s: Tensor | None # float64 [2023, 2023]
-    features: Tensor | None # float32 [M, 2048], of at most 10,000 images
-    n_real: int | None # images behind mu and sigma; None = not said
-    name: str # of the source, with its hash
+
+    mu: Tensor  # float64 [2048]
+    sigma: Tensor  # float64 [2048, 2048]
+    mu_s: Tensor | None  # float64 [2023], of the spatial head
+    sigma_s: Tensor | None  # float64 [2023, 2023]
+    features: Tensor | None  # float32 [M, 2048], of at most 10,000 images
+    n_real: int | None  # images behind mu and sigma; None = not said
+    name: str  # of the source, with its hash
+
 
 HEADS = dict(features=2048, spatial=2023, logits=1008)
-MOST = 10_000 # images behind precision and recall
+MOST = 10_000  # images behind precision and recall
 ADM_REFERENCES = {256: 'VIRTUAL_imagenet256_labeled.npz', 512: 'VIRTUAL_imagenet512.npz'}
 
+
 def adm_reference_file(
-    size: int, # side of the images: 256 or 512
+    size: int,  # side of the images: 256 or 512
 ) -> Path:
     "ADM's reference batch of ImageNet; see `asset_file`."
-    if size not in ADM_REFERENCES: raise ValueError(f'ADM has reference batches for images of {" and ".join(map(str, ADM_REFERENCES))} pixels, not {size}: give reference=..., a batch of your own (.npz with arr_0).')
-    return asset_file(f'reference batch {size}', ADM_REFERENCES[size], f'https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/{size}/{ADM_REFERENCES[size]}')
+    if size not in ADM_REFERENCES:
+        raise ValueError(
+            f'ADM has reference batches for images of {" and ".join(map(str, ADM_REFERENCES))} pixels, not {size}: give reference=..., a batch of your own (.npz with arr_0).'
+        )
+    return asset_file(
+        f'reference batch {size}',
+        ADM_REFERENCES[size],
+        f'https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/{size}/{ADM_REFERENCES[size]}',
+    )
+
 
 def image_metrics(
-    heads: Mapping, # sources by head, one or more of: features [N, 2048], spatial [N, 2023], logits [N, 1008]
-    reference: ImageReference, # real images
-    device: str | torch.device = 'cpu', # where the products of precision and recall are computed
-) -> dict[str, float]: # fid, sfid, is, precision, recall; what a missing head or statistic would give is left out
+    heads: Mapping,  # sources by head, one or more of: features [N, 2048], spatial [N, 2023], logits [N, 1008]
+    reference: ImageReference,  # real images
+    device: str | torch.device = 'cpu',  # where the products of precision and recall are computed
+) -> dict[
+    str, float
+]:  # fid, sfid, is, precision, recall; what a missing head or statistic would give is left out
     "The scores of a set of images, from their features."
-    if not heads or not set(heads) <= set(HEADS): raise ValueError(f'heads={list(heads)} is not allowed: give one or more of {", ".join(HEADS)}.')
+    if not heads or not set(heads) <= set(HEADS):
+        raise ValueError(
+            f'heads={list(heads)} is not allowed: give one or more of {", ".join(HEADS)}.'
+        )
     out = {}
-    if 'features' in heads: out['fid'] = frechet_distance(moments(heads['features']), (reference.mu, reference.sigma))
-    if 'spatial' in heads and reference.mu_s is not None: out['sfid'] = frechet_distance(moments(heads['spatial']), (reference.mu_s, reference.sigma_s))
-    if 'logits' in heads: out['is'] = inception_score(heads['logits'])
-    if 'features' in heads and reference.features is not None: out['precision'], out['recall'] = precision_recall(heads['features'], reference.features, device)
+    if 'features' in heads:
+        out['fid'] = frechet_distance(moments(heads['features']), (reference.mu, reference.sigma))
+    if 'spatial' in heads and reference.mu_s is not None:
+        out['sfid'] = frechet_distance(
+            moments(heads['spatial']), (reference.mu_s, reference.sigma_s)
+        )
+    if 'logits' in heads:
+        out['is'] = inception_score(heads['logits'])
+    if 'features' in heads and reference.features is not None:
+        out['precision'], out['recall'] = precision_recall(
+            heads['features'], reference.features, device
+        )
     return out
 
 # %% ../nbs/measure/03_inception.ipynb #e8ee31f7
 class NpzImages:
     "The images of an .npz, uint8 [3, H, W], read one after the other."
+
     def __init__(self, path: str | os.PathLike, most: int | None = None):
         self.path = path
-        with self._open() as (f, shape): self.shape = (min(shape[0], most or shape[0]), *shape[1:])
+        with self._open() as (f, shape):
+            self.shape = (min(shape[0], most or shape[0]), *shape[1:])
 
     @contextlib.contextmanager
     def _open(self):
         with zipfile.ZipFile(self.path) as z, z.open('arr_0.npy') as f:
-            version = np.lib.format.read_magic(f); shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(f)
-            if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran: raise ValueError(f'{self.path}: arr_0 is {dtype} {list(shape)}: images must be uint8 [N, H, W, 3].')
+            version = np.lib.format.read_magic(f)
+            shape, fortran, dtype = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )(f)
+            if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran:
+                raise ValueError(
+                    f'{self.path}: arr_0 is {dtype} {list(shape)}: images must be uint8 [N, H, W, 3].'
+                )
             yield f, shape
 
-    def __len__(self) -> int: return self.shape[0]
+    def __len__(self) -> int:
+        return self.shape[0]
 
-    def batches(self, size: int) -> Iterator[Tensor]: # uint8 [<= size, 3, H, W]
+    def batches(self, size: int) -> Iterator[Tensor]:  # uint8 [<= size, 3, H, W]
         with self._open() as (f, shape):
             one = int(np.prod(shape[1:]))
             for a in range(0, len(self), size):
-                n = min(size, len(self) - a); raw = f.read(n * one)
-                if len(raw) != n * one: raise ValueError(f'{self.path}: the file is cut. Fetch it again.')
-                yield torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(n, *shape[1:]).permute(0, 3, 1, 2)
+                n = min(size, len(self) - a)
+                raw = f.read(n * one)
+                if len(raw) != n * one:
+                    raise ValueError(f'{self.path}: the file is cut. Fetch it again.')
+                yield (
+                    torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+                    .view(n, *shape[1:])
+                    .permute(0, 3, 1, 2)
+                )
 
 # %% ../nbs/measure/03_inception.ipynb #e26616f9
-def _moments_of(path: Path) -> tuple[dict[str, Tensor], bool]: # by name, and whether there are images
+def _moments_of(
+    path: Path,
+) -> tuple[dict[str, Tensor], bool]:  # by name, and whether there are images
     "The moments in an .npz: complete pairs of the right sizes."
     try:
-        with np.load(path, allow_pickle=False) as f: known, images = {k: torch.from_numpy(f[k]).double() for k in ('mu', 'sigma', 'mu_s', 'sigma_s') if k in f.files}, 'arr_0' in f.files
-    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as e: raise ValueError(f'{path} is not a readable .npz of numbers ({type(e).__name__}: {e}): fetch or make it again.') from e
-    for mu, sigma, dim in (('mu', 'sigma', HEADS['features']), ('mu_s', 'sigma_s', HEADS['spatial'])):
-        if (mu in known) != (sigma in known): raise ValueError(f'{path} has only one of {mu} and {sigma}: it needs both or neither.')
+        with np.load(path, allow_pickle=False) as f:
+            known, images = (
+                {
+                    k: torch.from_numpy(f[k]).double()
+                    for k in ('mu', 'sigma', 'mu_s', 'sigma_s')
+                    if k in f.files
+                },
+                'arr_0' in f.files,
+            )
+    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as e:
+        raise ValueError(
+            f'{path} is not a readable .npz of numbers ({type(e).__name__}: {e}): fetch or make it again.'
+        ) from e
+    for mu, sigma, dim in (
+        ('mu', 'sigma', HEADS['features']),
+        ('mu_s', 'sigma_s', HEADS['spatial']),
+    ):
+        if (mu in known) != (sigma in known):
+            raise ValueError(f'{path} has only one of {mu} and {sigma}: it needs both or neither.')
         if mu in known and (known[mu].shape, known[sigma].shape) != ((dim,), (dim, dim)):
-            raise ValueError(f'{path}: {mu} is {list(known[mu].shape)}, {sigma} is {list(known[sigma].shape)}: they must be [{dim}] and [{dim}, {dim}], moments of Inception features.')
+            raise ValueError(
+                f'{path}: {mu} is {list(known[mu].shape)}, {sigma} is {list(known[sigma].shape)}: they must be [{dim}] and [{dim}, {dim}], moments of Inception features.'
+            )
     return known, images
 
-def _collect(images: NpzImages, extractor: Inception, batch_size: int, whole: bool, progress: bool) -> dict[str, Tensor]:
+
+def _collect(
+    images: NpzImages, extractor: Inception, batch_size: int, whole: bool, progress: bool
+) -> dict[str, Tensor]:
     "Features of the first images; with `whole` also the moments of all, of both heads."
-    sums, kept, seen = dict(features=Moments(HEADS['features']), spatial=Moments(HEADS['spatial'])), [], 0
-    with tqdm(total=len(images), desc=f'features of {Path(images.path).name}', unit='image', disable=not progress, mininterval=2) as bar:
+    sums, kept, seen = (
+        dict(features=Moments(HEADS['features']), spatial=Moments(HEADS['spatial'])),
+        [],
+        0,
+    )
+    with tqdm(
+        total=len(images),
+        desc=f'features of {Path(images.path).name}',
+        unit='image',
+        disable=not progress,
+        mininterval=2,
+    ) as bar:
         for batch in images.batches(batch_size):
-            heads = extractor(batch); kept.append(heads['features'][:max(MOST - seen, 0)]); seen += len(batch); bar.update(len(batch)) # a bar that is not shown does not count
-            if whole: [s.add(heads[head]) for head, s in sums.items()]
+            heads = extractor(batch)
+            kept.append(heads['features'][: max(MOST - seen, 0)])
+            seen += len(batch)
+            bar.update(len(batch))  # a bar that is not shown does not count
+            if whole:
+                [s.add(heads[head]) for head, s in sums.items()]
     out = dict(features=torch.cat(kept))
-    if whole: (out['mu'], out['sigma']), (out['mu_s'], out['sigma_s']) = (s.result() for s in sums.values())
+    if whole:
+        (out['mu'], out['sigma']), (out['mu_s'], out['sigma_s']) = (
+            s.result() for s in sums.values()
+        )
     return out
 
 # %% ../nbs/measure/03_inception.ipynb #2264aa8e
-def _read_npz(path: Path, extractor: Inception, size: int | None, batch_size: int, cache: Path | None, progress: bool) -> ImageReference:
+def _read_npz(
+    path: Path,
+    extractor: Inception,
+    size: int | None,
+    batch_size: int,
+    cache: Path | None,
+    progress: bool,
+) -> ImageReference:
     "Form 1, or an .npz with mu and sigma only."
     known, images = _moments_of(path)
-    if not images and 'mu' not in known: raise ValueError(f'{path} has neither arr_0 (images) nor mu and sigma: it is no reference.')
-    digest = sha256(path); name = f'{path.name} ({digest[:10]})'
-    if not images: return ImageReference(known['mu'], known['sigma'], known.get('mu_s'), known.get('sigma_s'), None, None, name)
-    whole = 'mu' not in known; source = NpzImages(path, None if whole else MOST)
-    if whole: check_int(f'images in {path}', len(source), MIN_SAMPLES)
-    if size and source.shape[1:3] != (size, size): raise ValueError(f'{path}: its images are {source.shape[1]} x {source.shape[2]}, those to be measured {size} x {size}: give a reference of that size.')
+    if not images and 'mu' not in known:
+        raise ValueError(f'{path} has neither arr_0 (images) nor mu and sigma: it is no reference.')
+    digest = sha256(path)
+    name = f'{path.name} ({digest[:10]})'
+    if not images:
+        return ImageReference(
+            known['mu'], known['sigma'], known.get('mu_s'), known.get('sigma_s'), None, None, name
+        )
+    whole = 'mu' not in known
+    source = NpzImages(path, None if whole else MOST)
+    if whole:
+        check_int(f'images in {path}', len(source), MIN_SAMPLES)
+    if size and source.shape[1:3] != (size, size):
+        raise ValueError(
+            f'{path}: its images are {source.shape[1]} x {source.shape[2]}, those to be measured {size} x {size}: give a reference of that size.'
+        )
     kept = cache and cache / f'{path.stem}-{digest[:10]}-{extractor.name}.safetensors'
     if kept and kept.exists():
-        with safe_open(kept, 'pt') as f: got = {k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(kept, 'pt') as f:
+            got = {k: f.get_tensor(k) for k in f.keys()}
     else:
         got = _collect(source, extractor, batch_size, whole, progress)
-        if kept: _write(kept, got, dict(n_real=len(source) if whole else None))
-    known = got | known # the file's own moments are those of the training set
-    return ImageReference(known['mu'], known['sigma'], known.get('mu_s'), known.get('sigma_s'), got['features'], len(source) if whole else None, name)
+        if kept:
+            _write(kept, got, dict(n_real=len(source) if whole else None))
+    known = got | known  # the file's own moments are those of the training set
+    return ImageReference(
+        known['mu'],
+        known['sigma'],
+        known.get('mu_s'),
+        known.get('sigma_s'),
+        got['features'],
+        len(source) if whole else None,
+        name,
+    )
+
 
 def _write(path: Path, tensors: dict[str, Tensor], card: dict):
-    with atomic_path(path) as tmp: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={'card': json.dumps(card)})
+    with atomic_path(path) as tmp:
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()},
+            tmp,
+            metadata={'card': json.dumps(card)},
+        )
 
 # %% ../nbs/measure/03_inception.ipynb #a6e1a4c8
 def center_crop(
-    image, # PIL image
-    size: int, # side of the square wanted
-): # PIL image, size x size
+    image,  # PIL image
+    size: int,  # side of the square wanted
+):  # PIL image, size x size
     "A square out of the middle, shrunk as ADM does."
     from PIL import Image
-    while min(image.size) >= 2 * size: image = image.resize(tuple(n // 2 for n in image.size), Image.Resampling.BOX)
-    scale = size / min(image.size); image = image.resize(tuple(round(n * scale) for n in image.size), Image.Resampling.BICUBIC)
+
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(n // 2 for n in image.size), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(n * scale) for n in image.size), Image.Resampling.BICUBIC)
     left, top = ((n - size) // 2 for n in image.size)
     return image.crop((left, top, left + size, top + size))
 
+
 class FolderImages(Dataset):
     "Image files below a folder, in the order of their names: uint8 [3, size, size]."
-    def __init__(self, files: list[Path], size: int): self.files, self.size = files, size
-    def __len__(self) -> int: return len(self.files)
+
+    def __init__(self, files: list[Path], size: int):
+        self.files, self.size = files, size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
     def __getitem__(self, i: int) -> Tensor:
         from PIL import Image
+
         try:
-            with Image.open(self.files[i]) as image: return torch.from_numpy(np.array(center_crop(image.convert('RGB'), self.size))).permute(2, 0, 1)
-        except OSError as e: raise ValueError(f'{self.files[i]} is not a readable image ({e}): mend or remove it.') from e
+            with Image.open(self.files[i]) as image:
+                return torch.from_numpy(
+                    np.array(center_crop(image.convert('RGB'), self.size))
+                ).permute(2, 0, 1)
+        except OSError as e:
+            raise ValueError(
+                f'{self.files[i]} is not a readable image ({e}): mend or remove it.'
+            ) from e
 
 # %% ../nbs/measure/03_inception.ipynb #d3ab9501
 ENDINGS = ('.png', '.jpg', '.jpeg', '.webp')
 
-def _read_folder(folder: Path, extractor, size: int, batch_size: int, cache: Path | None, progress: bool, workers: int, save_every: int) -> ImageReference:
+
+def _read_folder(
+    folder: Path,
+    extractor,
+    size: int,
+    batch_size: int,
+    cache: Path | None,
+    progress: bool,
+    workers: int,
+    save_every: int,
+) -> ImageReference:
     "Form 2: statistics of all images below a folder, through a file in `cache` that a later run reads."
-    files = sorted((p for p in folder.rglob('*') if p.suffix.lower() in ENDINGS), key=lambda p: p.relative_to(folder).as_posix())
+    files = sorted(
+        (p for p in folder.rglob('*') if p.suffix.lower() in ENDINGS),
+        key=lambda p: p.relative_to(folder).as_posix(),
+    )
     check_int(f'images in {folder}', len(files), MIN_SAMPLES)
-    listed = hashlib.sha256('\n'.join(f'{p.relative_to(folder).as_posix()} {p.stat().st_size}' for p in files).encode()).hexdigest()[:10]
-    name = f'{folder.name}-{listed}-{size}'; target = (cache or folder) / f'{name}-{extractor.name}.safetensors'; partial = target.with_suffix('.partial')
-    if target.exists(): return read_reference(target, extractor)
+    listed = hashlib.sha256(
+        '\n'.join(f'{p.relative_to(folder).as_posix()} {p.stat().st_size}' for p in files).encode()
+    ).hexdigest()[:10]
+    name = f'{folder.name}-{listed}-{size}'
+    target = (cache or folder) / f'{name}-{extractor.name}.safetensors'
+    partial = target.with_suffix('.partial')
+    if target.exists():
+        return read_reference(target, extractor)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(target.parent, os.W_OK): raise ValueError(f'{target.parent} cannot be written to: give cache=..., a folder for the statistics.')
-    sums, kept, done = dict(features=Moments(HEADS['features']), spatial=Moments(HEADS['spatial'])), [], 0
+    if not os.access(target.parent, os.W_OK):
+        raise ValueError(
+            f'{target.parent} cannot be written to: give cache=..., a folder for the statistics.'
+        )
+    sums, kept, done = (
+        dict(features=Moments(HEADS['features']), spatial=Moments(HEADS['spatial'])),
+        [],
+        0,
+    )
     if partial.exists():
-        state = torch.load(partial, weights_only=True); done, kept = state['done'], [state['kept']]
-        for head, total in sums.items(): total.load_state_dict(state[head])
+        state = torch.load(partial, weights_only=True)
+        done, kept = state['done'], [state['kept']]
+        for head, total in sums.items():
+            total.load_state_dict(state[head])
     chosen = set(np.linspace(0, len(files) - 1, min(len(files), MOST)).round().astype(int).tolist())
     loader = DataLoader(FolderImages(files[done:], size), batch_size, num_workers=workers)
-    with tqdm(total=len(files), initial=done, desc=f'statistics of {folder.name}', unit='image', disable=not progress, mininterval=2) as bar, torch.random.fork_rng(devices=[]): # a DataLoader draws a seed
+    with (
+        tqdm(
+            total=len(files),
+            initial=done,
+            desc=f'statistics of {folder.name}',
+            unit='image',
+            disable=not progress,
+            mininterval=2,
+        ) as bar,
+        torch.random.fork_rng(devices=[]),
+    ):  # a DataLoader draws a seed
         for k, images in enumerate(loader, 1):
-            heads = extractor(images); kept.append(heads['features'][[i for i in range(len(images)) if done + i in chosen]]); done += len(images); bar.update(len(images))
-            for head, total in sums.items(): total.add(heads[head])
+            heads = extractor(images)
+            kept.append(heads['features'][[i for i in range(len(images)) if done + i in chosen]])
+            done += len(images)
+            bar.update(len(images))
+            for head, total in sums.items():
+                total.add(heads[head])
             if k % save_every == 0 and done < len(files):
-                with atomic_path(partial) as tmp: torch.save(dict(done=done, kept=torch.cat(kept), **{h: s.state_dict() for h, s in sums.items()}), tmp)
+                with atomic_path(partial) as tmp:
+                    torch.save(
+                        dict(
+                            done=done,
+                            kept=torch.cat(kept),
+                            **{h: s.state_dict() for h, s in sums.items()},
+                        ),
+                        tmp,
+                    )
     (mu, sigma), (mu_s, sigma_s) = (s.result() for s in sums.values())
-    _write(target, dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, features=torch.cat(kept)), dict(extractor=extractor.name, n_real=done, name=name, crop='center_crop as in ADM'))
+    _write(
+        target,
+        dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, features=torch.cat(kept)),
+        dict(extractor=extractor.name, n_real=done, name=name, crop='center_crop as in ADM'),
+    )
     partial.unlink(missing_ok=True)
     return read_reference(target, extractor)
 
 # %% ../nbs/measure/03_inception.ipynb #7ba58c97
 def check_reference(source: str | os.PathLike) -> Path:
     "The path of a reference; a ValueError says what it must be."
-    if (path := Path(source)).is_dir() or (path.is_file() and path.suffix in ('.npz', '.safetensors')): return path
-    raise ValueError(f'reference={str(source)!r} is not there or not known: give a folder of images, an .npz with arr_0 or with mu and sigma, or a .safetensors made from a folder.')
+    if (path := Path(source)).is_dir() or (
+        path.is_file() and path.suffix in ('.npz', '.safetensors')
+    ):
+        return path
+    raise ValueError(
+        f'reference={str(source)!r} is not there or not known: give a folder of images, an .npz with arr_0 or with mu and sigma, or a .safetensors made from a folder.'
+    )
+
 
 def read_reference(
-    source: str | os.PathLike, # .npz (ADM's batch; arr_0; mu and sigma), a folder of images, or a .safetensors that a folder left behind
-    extractor: Inception, # the network in use
-    size: int | None = None, # side of the images; needed for a folder, checked for an .npz
-    batch_size: int = 50, # images at a time
-    cache: str | os.PathLike | None = None, # folder that keeps what takes long; None = nothing kept (npz), beside the images (folder)
-    progress: bool = True, # tqdm progress bar
-    workers: int = 4, # processes that decode the images of a folder
-    save_every: int = 100, # batches between two savings of the running sums of a folder
+    source: str
+    | os.PathLike,  # .npz (ADM's batch; arr_0; mu and sigma), a folder of images, or a .safetensors that a folder left behind
+    extractor: Inception,  # the network in use
+    size: int | None = None,  # side of the images; needed for a folder, checked for an .npz
+    batch_size: int = 50,  # images at a time
+    cache: str
+    | os.PathLike
+    | None = None,  # folder that keeps what takes long; None = nothing kept (npz), beside the images (folder)
+    progress: bool = True,  # tqdm progress bar
+    workers: int = 4,  # processes that decode the images of a folder
+    save_every: int = 100,  # batches between two savings of the running sums of a folder
 ) -> ImageReference:
     "Statistics of real images; a ValueError says what a source must be."
     path, cache = check_reference(source), Path(cache) if cache else None
-    if path.is_dir(): return _read_folder(path, extractor, check_int('size', size), batch_size, cache, progress, workers, save_every)
-    if path.suffix == '.npz': return _read_npz(path, extractor, size, batch_size, cache, progress)
+    if path.is_dir():
+        return _read_folder(
+            path,
+            extractor,
+            check_int('size', size),
+            batch_size,
+            cache,
+            progress,
+            workers,
+            save_every,
+        )
+    if path.suffix == '.npz':
+        return _read_npz(path, extractor, size, batch_size, cache, progress)
     try:
-        with safe_open(path, 'pt') as f: card = json.loads((f.metadata() or {}).get('card', '{}')); tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e: raise ValueError(f'{path} is cut or no .safetensors file ({e}): make it again from the folder.') from e
-    if card.get('extractor') != extractor.name: raise ValueError(f'{path} was made with {card.get("extractor", "an unknown network")}, the network in use is {extractor.name}: make it again from the folder.')
-    return ImageReference(*(tensors[k] for k in ('mu', 'sigma', 'mu_s', 'sigma_s', 'features')), card['n_real'], f'{card["name"]} ({sha256(path)[:10]})')
+        with safe_open(path, 'pt') as f:
+            card = json.loads((f.metadata() or {}).get('card', '{}'))
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(
+            f'{path} is cut or no .safetensors file ({e}): make it again from the folder.'
+        ) from e
+    if card.get('extractor') != extractor.name:
+        raise ValueError(
+            f'{path} was made with {card.get("extractor", "an unknown network")}, the network in use is {extractor.name}: make it again from the folder.'
+        )
+    return ImageReference(
+        *(tensors[k] for k in ('mu', 'sigma', 'mu_s', 'sigma_s', 'features')),
+        card['n_real'],
+        f'{card["name"]} ({sha256(path)[:10]})',
+    )
 
 # %% ../nbs/measure/03_inception.ipynb #e021ed63
 def export_npz(
-    images, # source of uint8 [N, 3, H, W]
-    path: str | os.PathLike, # .npz
+    images,  # source of uint8 [N, 3, H, W]
+    path: str | os.PathLike,  # .npz
 ) -> Path:
     "Write the images as arr_0, uint8 [N, H, W, 3], for evaluator.py of openai/guided-diffusion."
-    first = images[0:1]; c, *side = first.shape[1:]
-    if first.dtype != torch.uint8 or first.ndim != 4 or c != 3 or not len(first): raise ValueError(f'images are {first.dtype} {list(first.shape)}: give uint8 [N, 3, H, W], N >= 1.')
-    with atomic_path(path) as tmp, zipfile.ZipFile(tmp, 'w', zipfile.ZIP_STORED) as z, z.open(zipfile.ZipInfo('arr_0.npy', (1980, 1, 1, 0, 0, 0)), 'w', force_zip64=True) as f: # no date: the same images, the same file
-        np.lib.format.write_array_header_1_0(f, dict(descr=np.lib.format.dtype_to_descr(np.dtype(np.uint8)), fortran_order=False, shape=(len(images), *side, c)))
-        for block in blocks(images, 100): f.write(block.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+    first = images[0:1]
+    c, *side = first.shape[1:]
+    if first.dtype != torch.uint8 or first.ndim != 4 or c != 3 or not len(first):
+        raise ValueError(
+            f'images are {first.dtype} {list(first.shape)}: give uint8 [N, 3, H, W], N >= 1.'
+        )
+    with (
+        atomic_path(path) as tmp,
+        zipfile.ZipFile(tmp, 'w', zipfile.ZIP_STORED) as z,
+        z.open(zipfile.ZipInfo('arr_0.npy', (1980, 1, 1, 0, 0, 0)), 'w', force_zip64=True) as f,
+    ):  # no date: the same images, the same file
+        np.lib.format.write_array_header_1_0(
+            f,
+            dict(
+                descr=np.lib.format.dtype_to_descr(np.dtype(np.uint8)),
+                fortran_order=False,
+                shape=(len(images), *side, c),
+            ),
+        )
+        for block in blocks(images, 100):
+            f.write(block.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
     return Path(path)

@@ -13,26 +13,38 @@ from torch import Tensor
 from .utils import check_choice
 
 # %% ../nbs/models/03_kernels.ipynb #792f5529
-def _corners(position: Tensor, size: int) -> tuple[Tensor, Tensor]: # cells [..., 2], weights [..., 2]
+def _corners(
+    position: Tensor, size: int
+) -> tuple[Tensor, Tensor]:  # cells [..., 2], weights [..., 2]
     "The two cells that a coordinate reads on one axis, truncated as in the official kernel; outside weighs 0."
-    cell = position.trunc(); part = position - cell # part < 0 below zero
+    cell = position.trunc()
+    part = position - cell  # part < 0 below zero
     cells, weights = torch.stack([cell, cell + 1], -1), torch.stack([1 - part, part], -1)
     inside = (cells >= 0) & (cells < size)
     return cells.clamp(0, size - 1).long(), weights * inside
 
 # %% ../nbs/models/03_kernels.ipynb #0a134701
-def _gather_torch(value: Tensor, offsets: Tensor, weights: Tensor) -> Tensor: # as `deformable_gather`
+def _gather_torch(
+    value: Tensor, offsets: Tensor, weights: Tensor
+) -> Tensor:  # as `deformable_gather`
     "The operator in PyTorch, for any device and dtype."
-    B, H, W, G, C = value.shape; K = offsets.shape[4]
-    if offsets.dtype in (torch.float16, torch.bfloat16): offsets = offsets.float() # a coordinate of 30.2 would be 30.25 in bfloat16
+    B, H, W, G, C = value.shape
+    K = offsets.shape[4]
+    if offsets.dtype in (torch.float16, torch.bfloat16):
+        offsets = offsets.float()  # a coordinate of 30.2 would be 30.25 in bfloat16
     column, row = (torch.arange(n, device=value.device, dtype=offsets.dtype) for n in (W, H))
-    x, wx = _corners(offsets[..., 0] + column[:, None, None], W) # [B, H, W, G, K, 2]
+    x, wx = _corners(offsets[..., 0] + column[:, None, None], W)  # [B, H, W, G, K, 2]
     y, wy = _corners(offsets[..., 1] + row[:, None, None, None], H)
-    place = y[..., :, None] * W + x[..., None, :]; weight = wy[..., :, None] * wx[..., None, :] * weights[..., None, None] # four corners each
-    table = torch.arange(B, device=value.device)[:, None, None, None] * G + torch.arange(G, device=value.device) # one table of H W rows for each sample and group
+    place = y[..., :, None] * W + x[..., None, :]
+    weight = wy[..., :, None] * wx[..., None, :] * weights[..., None, None]  # four corners each
+    table = torch.arange(B, device=value.device)[:, None, None, None] * G + torch.arange(
+        G, device=value.device
+    )  # one table of H W rows for each sample and group
     rows = (table[..., None, None, None] * (H * W) + place).reshape(B * H * W * G, 4 * K)
     flat = value.permute(0, 3, 1, 2, 4).reshape(B * G * H * W, C)
-    return F.embedding_bag(rows, flat, mode='sum', per_sample_weights=weight.reshape_as(rows).to(flat.dtype)).view(B, H, W, G, C)
+    return F.embedding_bag(
+        rows, flat, mode='sum', per_sample_weights=weight.reshape_as(rows).to(flat.dtype)
+    ).view(B, H, W, G, C)
 
 # %% ../nbs/models/03_kernels.ipynb #ac93afa3
 @functools.lru_cache(None)
@@ -43,18 +55,25 @@ def _shared():
 
     @triton.jit
     def _rows(count, H, W, G, C: tl.constexpr, R: tl.constexpr):
-        n = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R) # 64 bits: products with K and C pass 2^31
+        n = tl.program_id(0).to(tl.int64) * R + tl.arange(
+            0, R
+        )  # 64 bits: products with K and C pass 2^31
         token = n // G
-        first = (token // W // H * H * W * G + n % G) * C # cell (0, 0) of the sample and group
+        first = (token // W // H * H * W * G + n % G) * C  # cell (0, 0) of the sample and group
         return n, n < count, (token % W).to(tl.float32), (token // W % H).to(tl.float32), first
 
     @triton.jit
     def _corner(x, y, i, j, H, W):
-        x0 = tl.where(x < 0, tl.ceil(x), tl.floor(x)) # towards zero; in float32, since a far coordinate is no int32
+        x0 = tl.where(
+            x < 0, tl.ceil(x), tl.floor(x)
+        )  # towards zero; in float32, since a far coordinate is no int32
         y0 = tl.where(y < 0, tl.ceil(y), tl.floor(y))
         inside = (x0 + j >= 0) & (x0 + j < W) & (y0 + i >= 0) & (y0 + i < H)
-        cell = tl.where(inside, y0 + i, 0).to(tl.int64) * W + tl.where(inside, x0 + j, 0).to(tl.int64)
+        cell = tl.where(inside, y0 + i, 0).to(tl.int64) * W + tl.where(inside, x0 + j, 0).to(
+            tl.int64
+        )
         return cell, inside, (1 - i) + (2 * i - 1) * (y - y0), (1 - j) + (2 * j - 1) * (x - x0)
+
     return triton
 
 # %% ../nbs/models/03_kernels.ipynb #f82122eb
@@ -64,7 +83,20 @@ def _forward_kernel():
     triton = _shared()
 
     @triton.jit
-    def forward(value, offsets, weights, out, count, H, W, G, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
+    def forward(
+        value,
+        offsets,
+        weights,
+        out,
+        count,
+        H,
+        W,
+        G,
+        C: tl.constexpr,
+        K: tl.constexpr,
+        R: tl.constexpr,
+        L: tl.constexpr,
+    ):
         n, live, column, row, first = _rows(count, H, W, G, C, R)
         c = tl.arange(0, L)[None, :]
         total = tl.zeros([R, L], tl.float32)
@@ -80,6 +112,7 @@ def _forward_kernel():
                     v = tl.load(value + at, (inside & live)[:, None] & (c < C), 0).to(tl.float32)
                     total += (ay * ax * p)[:, None] * v
         tl.store(out + n[:, None] * C + c, total.to(out.dtype.element_ty), live[:, None] & (c < C))
+
     return forward
 
 # %% ../nbs/models/03_kernels.ipynb #3629ea26
@@ -89,7 +122,23 @@ def _backward_kernel():
     triton = _shared()
 
     @triton.jit
-    def backward(grad, value, offsets, weights, to_value, to_offsets, to_weights, count, H, W, G, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
+    def backward(
+        grad,
+        value,
+        offsets,
+        weights,
+        to_value,
+        to_offsets,
+        to_weights,
+        count,
+        H,
+        W,
+        G,
+        C: tl.constexpr,
+        K: tl.constexpr,
+        R: tl.constexpr,
+        L: tl.constexpr,
+    ):
         n, live, column, row, first = _rows(count, H, W, G, C, R)
         c = tl.arange(0, L)[None, :]
         g = tl.load(grad + n[:, None] * C + c, live[:, None] & (c < C), 0).to(tl.float32)
@@ -98,7 +147,11 @@ def _backward_kernel():
             x = column + tl.load(offsets + 2 * point, live, 0).to(tl.float32)
             y = row + tl.load(offsets + 2 * point + 1, live, 0).to(tl.float32)
             p = tl.load(weights + point, live, 0).to(tl.float32)
-            to_x, to_y, to_p = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
+            to_x, to_y, to_p = (
+                tl.zeros([R], tl.float32),
+                tl.zeros([R], tl.float32),
+                tl.zeros([R], tl.float32),
+            )
             for i in tl.static_range(2):
                 for j in tl.static_range(2):
                     cell, inside, ay, ax = _corner(x, y, i, j, H, W)
@@ -112,65 +165,127 @@ def _backward_kernel():
             tl.store(to_weights + point, to_p.to(to_weights.dtype.element_ty), live)
             tl.store(to_offsets + 2 * point, (p * to_x).to(to_offsets.dtype.element_ty), live)
             tl.store(to_offsets + 2 * point + 1, (p * to_y).to(to_offsets.dtype.element_ty), live)
+
     return backward
 
 # %% ../nbs/models/03_kernels.ipynb #a8309f1d
 def _launch(kernel, value: Tensor, points: int, *tensors: Tensor):
     "Run a kernel on `value` [B, H, W, G, C] with K points; `tensors` are its pointers."
-    B, H, W, G, C = value.shape; lanes = 1 << (C - 1).bit_length(); rows = max(1, 1024 // lanes)
-    if value.numel(): # an empty grid is an error
-        with torch.cuda.device_of(value): # Triton launches on the current device
-            kernel[(-(-B * H * W * G // rows),)](*tensors, B * H * W * G, H, W, G, C=C, K=points, R=rows, L=lanes)
+    B, H, W, G, C = value.shape
+    lanes = 1 << (C - 1).bit_length()
+    rows = max(1, 1024 // lanes)
+    if value.numel():  # an empty grid is an error
+        with torch.cuda.device_of(value):  # Triton launches on the current device
+            kernel[(-(-B * H * W * G // rows),)](
+                *tensors, B * H * W * G, H, W, G, C=C, K=points, R=rows, L=lanes
+            )
 
-@torch.library.custom_op('neuralsolver::deformable_gather', mutates_args=(), device_types=('cuda', 'cpu')) # cpu: the interpreter
+
+@torch.library.custom_op(
+    'neuralsolver::deformable_gather', mutates_args=(), device_types=('cuda', 'cpu')
+)  # cpu: the interpreter
 def _gather(value: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    value, offsets, weights = value.contiguous(), offsets.contiguous(), weights.contiguous(); out = value.new_empty(value.shape)
+    value, offsets, weights = value.contiguous(), offsets.contiguous(), weights.contiguous()
+    out = value.new_empty(value.shape)
     _launch(_forward_kernel(), value, offsets.shape[4], value, offsets, weights, out)
     return out
 
-@torch.library.custom_op('neuralsolver::deformable_gather_backward', mutates_args=(), device_types=('cuda', 'cpu'))
-def _gather_backward(grad: Tensor, value: Tensor, offsets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grad, value, offsets, weights = grad.contiguous(), value.contiguous(), offsets.contiguous(), weights.contiguous()
-    to_value = torch.zeros(value.shape, device=value.device); to_offsets, to_weights = offsets.new_empty(offsets.shape), weights.new_empty(weights.shape)
-    _launch(_backward_kernel(), value, offsets.shape[4], grad, value, offsets, weights, to_value, to_offsets, to_weights)
+
+@torch.library.custom_op(
+    'neuralsolver::deformable_gather_backward', mutates_args=(), device_types=('cuda', 'cpu')
+)
+def _gather_backward(
+    grad: Tensor, value: Tensor, offsets: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, value, offsets, weights = (
+        grad.contiguous(),
+        value.contiguous(),
+        offsets.contiguous(),
+        weights.contiguous(),
+    )
+    to_value = torch.zeros(value.shape, device=value.device)
+    to_offsets, to_weights = offsets.new_empty(offsets.shape), weights.new_empty(weights.shape)
+    _launch(
+        _backward_kernel(),
+        value,
+        offsets.shape[4],
+        grad,
+        value,
+        offsets,
+        weights,
+        to_value,
+        to_offsets,
+        to_weights,
+    )
     return to_value.to(value.dtype), to_offsets, to_weights
 
 # %% ../nbs/models/03_kernels.ipynb #dff9e809
 @_gather.register_fake
-def _(value, offsets, weights): return value.new_empty(value.shape)
+def _(value, offsets, weights):
+    return value.new_empty(value.shape)
+
 
 @_gather_backward.register_fake
-def _(grad, value, offsets, weights): return tuple(t.new_empty(t.shape) for t in (value, offsets, weights))
+def _(grad, value, offsets, weights):
+    return tuple(t.new_empty(t.shape) for t in (value, offsets, weights))
+
 
 # by name, as the last to register it: a notebook that defines these operators again takes the place of the module's
-_gather.register_autograd(lambda ctx, grad: torch.ops.neuralsolver.deformable_gather_backward(grad, *ctx.saved_tensors),
-                          setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+_gather.register_autograd(
+    lambda ctx, grad: torch.ops.neuralsolver.deformable_gather_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 # %% ../nbs/models/03_kernels.ipynb #41056760
-_TRITON = importlib.util.find_spec('triton') is not None # looked for, not imported
+_TRITON = importlib.util.find_spec('triton') is not None  # looked for, not imported
+
 
 def _refusal(*tensors: Tensor) -> str:
     "Why the kernel cannot take these tensors; '' if it can."
-    if not _TRITON: return 'the package triton is missing (pip install triton)'
+    if not _TRITON:
+        return 'the package triton is missing (pip install triton)'
     dtypes = [t.dtype for t in tensors]
-    if not {*dtypes} <= {torch.float32, torch.bfloat16, torch.float16}: return f'it takes float32, bfloat16 and float16, not {dtypes}'
-    if all(t.is_cuda for t in tensors) or os.environ.get('TRITON_INTERPRET') == '1': return ''
+    if not {*dtypes} <= {torch.float32, torch.bfloat16, torch.float16}:
+        return f'it takes float32, bfloat16 and float16, not {dtypes}'
+    if all(t.is_cuda for t in tensors) or os.environ.get('TRITON_INTERPRET') == '1':
+        return ''
     return f'it takes CUDA tensors, not {[str(t.device) for t in tensors]}; on CPU it is for tests, with TRITON_INTERPRET=1 set before Python starts'
 
+
 def deformable_gather(
-    value: Tensor, # what is read [B, H, W, G, C]
-    offsets: Tensor, # of the points from their token, (column, row), [B, H, W, G, K, 2]
-    weights: Tensor, # of the points, used as they are [B, H, W, G, K]
-    backend: str = 'auto', # 'torch', 'triton', or 'auto': the kernel where it can run, else PyTorch
-) -> Tensor: # weighted sums [B, H, W, G, C]
+    value: Tensor,  # what is read [B, H, W, G, C]
+    offsets: Tensor,  # of the points from their token, (column, row), [B, H, W, G, K, 2]
+    weights: Tensor,  # of the points, used as they are [B, H, W, G, K]
+    backend: str = 'auto',  # 'torch', 'triton', or 'auto': the kernel where it can run, else PyTorch
+) -> Tensor:  # weighted sums [B, H, W, G, C]
     "Multi-group deformable convolution with bilinear samples (arXiv 2410.22655), border rule of the official kernel."
     check_choice('backend', backend, ('auto', 'torch', 'triton'))
     grid, points = value.shape[:4], weights.shape[4:]
-    if value.ndim != 5 or weights.ndim != 5 or weights.shape[:4] != grid or offsets.shape != (*grid, *points, 2):
-        raise ValueError(f'value {list(value.shape)}, offsets {list(offsets.shape)} and weights {list(weights.shape)} do not fit: '
-                         'give [B, H, W, G, C], [B, H, W, G, K, 2] and [B, H, W, G, K].')
+    if (
+        value.ndim != 5
+        or weights.ndim != 5
+        or weights.shape[:4] != grid
+        or offsets.shape != (*grid, *points, 2)
+    ):
+        raise ValueError(
+            f'value {list(value.shape)}, offsets {list(offsets.shape)} and weights {list(weights.shape)} do not fit: '
+            'give [B, H, W, G, C], [B, H, W, G, K, 2] and [B, H, W, G, K].'
+        )
     tensors = (value, offsets, weights)
-    if backend == 'triton' and (why := _refusal(*tensors)): raise ValueError(f"backend='triton' cannot run here: {why}. Or use backend='auto' or 'torch'.")
-    ordered = torch.are_deterministic_algorithms_enabled() # rules out atomic sums
-    if backend == 'auto' and all(t.is_cuda for t in tensors) and not ordered and not _refusal(*tensors): backend = 'triton'
-    return torch.ops.neuralsolver.deformable_gather(*tensors) if backend == 'triton' else _gather_torch(*tensors)
+    if backend == 'triton' and (why := _refusal(*tensors)):
+        raise ValueError(
+            f"backend='triton' cannot run here: {why}. Or use backend='auto' or 'torch'."
+        )
+    ordered = torch.are_deterministic_algorithms_enabled()  # rules out atomic sums
+    if (
+        backend == 'auto'
+        and all(t.is_cuda for t in tensors)
+        and not ordered
+        and not _refusal(*tensors)
+    ):
+        backend = 'triton'
+    return (
+        torch.ops.neuralsolver.deformable_gather(*tensors)
+        if backend == 'triton'
+        else _gather_torch(*tensors)
+    )

@@ -26,41 +26,57 @@ def import_torch_fidelity():
     "The module torch_fidelity, also where torchvision's compiled operators do not load."
     import_torchvision()
     import torch_fidelity
+
     return torch_fidelity
 
 # %% ../nbs/measure/01_metrics.ipynb #7c9e5be8
 class FashionClassifier(nn.Module):
     "Grey 28x28 images in [-1, 1] -> logits of the 10 classes, through 64 rectified features."
+
     def __init__(self):
         super().__init__()
-        conv = lambda i, o: [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-        self.body = nn.Sequential(*conv(1, 16), nn.MaxPool2d(2), *conv(16, 32), nn.MaxPool2d(2), *conv(32, 64),
-                                  nn.Flatten(), nn.Dropout(.2), nn.Linear(64 * 7 * 7, 64), nn.ReLU())
+        conv = lambda i, o: [
+            nn.Conv2d(i, o, 3, padding=1, bias=False),
+            nn.BatchNorm2d(o),
+            nn.ReLU(),
+        ]
+        self.body = nn.Sequential(
+            *conv(1, 16),
+            nn.MaxPool2d(2),
+            *conv(16, 32),
+            nn.MaxPool2d(2),
+            *conv(32, 64),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(64 * 7 * 7, 64),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(64, 10)
 
     def features(
         self,
-        x: Tensor, # images [N, 1, 28, 28] in [-1, 1]
-    ) -> tuple[Tensor, Tensor]: # features [N, 64], logits [N, 10]
+        x: Tensor,  # images [N, 1, 28, 28] in [-1, 1]
+    ) -> tuple[Tensor, Tensor]:  # features [N, 64], logits [N, 10]
         "What the metrics are computed from."
         h = self.body(x)
         return h, self.head(h)
 
     def forward(
         self,
-        x: Tensor, # images [N, 1, 28, 28] in [-1, 1]
-    ) -> Tensor: # logits [N, 10]
+        x: Tensor,  # images [N, 1, 28, 28] in [-1, 1]
+    ) -> Tensor:  # logits [N, 10]
         return self.features(x)[1]
 
 # %% ../nbs/measure/01_metrics.ipynb #1cd2e1e7
 def classifier_file(
-    weights: str | os.PathLike | None = None, # safetensors file; None = the committed one
+    weights: str | os.PathLike | None = None,  # safetensors file; None = the committed one
 ) -> str | os.PathLike:
     "Path of the classifier's weights."
     return weights or data_file('fashion_classifier.safetensors')
 
+
 def extractor_name(
-    weights: str | os.PathLike | None = None, # safetensors file; None = the committed one
+    weights: str | os.PathLike | None = None,  # safetensors file; None = the committed one
 ) -> str:
     "`fashion-cnn-` and ten hexadecimal digits of the SHA-256 over the tensors, by name."
     digest = hashlib.sha256()
@@ -68,48 +84,67 @@ def extractor_name(
         digest.update(key.encode() + value.contiguous().numpy().tobytes())
     return f'fashion-cnn-{digest.hexdigest()[:10]}'
 
+
 def load_classifier(
-    weights: str | os.PathLike | None = None, # safetensors file; None = the committed one
-) -> FashionClassifier: # in eval mode
+    weights: str | os.PathLike | None = None,  # safetensors file; None = the committed one
+) -> FashionClassifier:  # in eval mode
     "The trained classifier."
-    with torch.device('meta'): net = FashionClassifier() # draws no random numbers: the caller's seed stays his
+    with torch.device('meta'):
+        net = FashionClassifier()  # draws no random numbers: the caller's seed stays his
     net.load_state_dict(load_file(classifier_file(weights)), assign=True)
     return net.eval().requires_grad_(False)
 
+
 def read_card(
-    path: str | os.PathLike, # safetensors file written by nbs/studies/train_classifier.ipynb
-) -> dict: # how the file was made
+    path: str | os.PathLike,  # safetensors file written by nbs/studies/train_classifier.ipynb
+) -> dict:  # how the file was made
     "The metadata of a safetensors file, kept as JSON under the one key `card`."
     # under one key, because safetensors writes several in random order: two equal runs would give two hashes
-    with safe_open(path, 'pt') as f: return json.loads(f.metadata()['card'])
+    with safe_open(path, 'pt') as f:
+        return json.loads(f.metadata()['card'])
 
 # %% ../nbs/measure/01_metrics.ipynb #c28e17de
 LAYERS = ('64', 'logits')
 
+
 def _extractor_class(weights):
     from torch_fidelity import FeatureExtractorBase
+
     class FashionExtractor(FeatureExtractorBase):
         def __init__(self, name, features_list, **kwargs):
             super().__init__(name, features_list)
             if kwargs.get('feature_extractor_weights_path'):
-                raise ValueError('feature_extractor_weights_path is not allowed: register_extractor(weights) names other weights.')
+                raise ValueError(
+                    'feature_extractor_weights_path is not allowed: register_extractor(weights) names other weights.'
+                )
             self.net = load_classifier(weights)
+
         @staticmethod
-        def get_provided_features_list(): return LAYERS
+        def get_provided_features_list():
+            return LAYERS
+
         @staticmethod
-        def get_default_feature_layer_for_metric(metric): return 'logits' if metric == 'isc' else '64'
+        def get_default_feature_layer_for_metric(metric):
+            return 'logits' if metric == 'isc' else '64'
+
         @staticmethod
-        def can_be_compiled(): return False
+        def can_be_compiled():
+            return False
+
         def forward(self, x):
             if x.dtype != torch.uint8 or x.shape[1:] != (3, 28, 28):
-                raise ValueError(f'images are {x.dtype} {tuple(x.shape)}: give uint8 [N, 3, 28, 28].')
+                raise ValueError(
+                    f'images are {x.dtype} {tuple(x.shape)}: give uint8 [N, 3, 28, 28].'
+                )
             out = dict(zip(LAYERS, self.net.features(to_float(x[:, :1]))))
             return tuple(out[layer] for layer in self.features_list)
+
     return FashionExtractor
 
+
 def register_extractor(
-    weights: str | os.PathLike | None = None, # safetensors file; None = the committed one
-) -> str: # its name, for `torch_fidelity.calculate_metrics(feature_extractor=name, ...)`
+    weights: str | os.PathLike | None = None,  # safetensors file; None = the committed one
+) -> str:  # its name, for `torch_fidelity.calculate_metrics(feature_extractor=name, ...)`
     "Register the classifier with torch-fidelity, if it is not yet."
     fidelity, name = import_torch_fidelity(), extractor_name(weights)
     if name not in fidelity.registry.FEATURE_EXTRACTORS_REGISTRY:
@@ -119,174 +154,241 @@ def register_extractor(
 # %% ../nbs/measure/01_metrics.ipynb #ccf89b5c
 class Features(NamedTuple):
     "What the classifier says about N images."
-    features: Tensor # float32 [N, 64]
-    logits: Tensor # float32 [N, 10]
+
+    features: Tensor  # float32 [N, 64]
+    logits: Tensor  # float32 [N, 10]
+
 
 class _RGB(Dataset):
-    def __init__(self, images): self.images = images
-    def __len__(self): return len(self.images)
-    def __getitem__(self, i): return self.images[i].expand(3, -1, -1)
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i].expand(3, -1, -1)
+
 
 def extract(
-    images: Tensor, # uint8 [N, 1, 28, 28]
-    batch_size: int = 500, # images in one call of the classifier
-    device: str | torch.device = 'cpu', # 'cpu' or 'cuda'
-    weights: str | os.PathLike | None = None, # classifier; None = the committed one
-) -> Features: # on the CPU
+    images: Tensor,  # uint8 [N, 1, 28, 28]
+    batch_size: int = 500,  # images in one call of the classifier
+    device: str | torch.device = 'cpu',  # 'cpu' or 'cuda'
+    weights: str | os.PathLike | None = None,  # classifier; None = the committed one
+) -> Features:  # on the CPU
     "Features and logits through the registered torch-fidelity extractor."
     if images.dtype != torch.uint8 or images.shape[1:] != (1, 28, 28) or not len(images):
-        raise ValueError(f'images are {images.dtype} {tuple(images.shape)}: give uint8 [N, 1, 28, 28], N >= 1.')
+        raise ValueError(
+            f'images are {images.dtype} {tuple(images.shape)}: give uint8 [N, 1, 28, 28], N >= 1.'
+        )
     check_int('batch_size', batch_size)
-    device = torch.device(device); cuda = check_choice('device', device.type, ('cpu', 'cuda')) == 'cuda'
+    device = torch.device(device)
+    cuda = check_choice('device', device.type, ('cpu', 'cuda')) == 'cuda'
     name = register_extractor(weights)
     from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
-    with torch.random.fork_rng(devices=[]), torch.cuda.device(device) if cuda else contextlib.nullcontext(): # a DataLoader draws a seed
+
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.cuda.device(device) if cuda else contextlib.nullcontext(),
+    ):  # a DataLoader draws a seed
         net = create_feature_extractor(name, list(LAYERS), cuda=cuda, verbose=False)
-        out = get_featuresdict_from_dataset(_RGB(images.cpu()), net, batch_size, cuda, save_cpu_ram=True, verbose=False)
+        out = get_featuresdict_from_dataset(
+            _RGB(images.cpu()), net, batch_size, cuda, save_cpu_ram=True, verbose=False
+        )
     return Features(*(out[layer] for layer in LAYERS))
 
 # %% ../nbs/measure/01_metrics.ipynb #b420bacf
 class Reference(NamedTuple):
     "Statistics of real images; the extractor they were made with must be the one in use."
-    mu: Tensor # float64 [64], mean over all training images
-    sigma: Tensor # float64 [64, 64], covariance with divisor N - 1
-    features: Tensor # float64 [M, 64], class-balanced training images
+
+    mu: Tensor  # float64 [64], mean over all training images
+    sigma: Tensor  # float64 [64, 64], covariance with divisor N - 1
+    features: Tensor  # float64 [M, 64], class-balanced training images
+
 
 def _read_reference(weights, path, keys):
     path, name = path or data_file('fashion_reference.safetensors'), extractor_name(weights)
     made_with = read_card(path)['extractor']
-    if made_with != name: raise ValueError(f'{path} was made with {made_with}, the classifier is {name}: run nbs/studies/train_classifier.ipynb.')
-    with safe_open(path, 'pt') as f: return [f.get_tensor(key) for key in keys]
+    if made_with != name:
+        raise ValueError(
+            f'{path} was made with {made_with}, the classifier is {name}: run nbs/studies/train_classifier.ipynb.'
+        )
+    with safe_open(path, 'pt') as f:
+        return [f.get_tensor(key) for key in keys]
+
 
 def load_reference(
-    weights: str | os.PathLike | None = None, # classifier; None = the committed one
-    path: str | os.PathLike | None = None, # reference file; None = the committed one
+    weights: str | os.PathLike | None = None,  # classifier; None = the committed one
+    path: str | os.PathLike | None = None,  # reference file; None = the committed one
 ) -> Reference:
     "Training-set statistics; ValueError if they belong to another classifier."
     mu, sigma, features = _read_reference(weights, path, ('mu', 'sigma', 'features'))
     return Reference(mu, sigma, features.double())
 
+
 def real_test(
-    samples: int = 2000, # how many; a multiple of 10 is exactly balanced
-    weights: str | os.PathLike | None = None, # classifier; None = the committed one
-    path: str | os.PathLike | None = None, # reference file; None = the committed one
-) -> tuple[Features, Tensor]: # features of test images, their labels int64 [N]
+    samples: int = 2000,  # how many; a multiple of 10 is exactly balanced
+    weights: str | os.PathLike | None = None,  # classifier; None = the committed one
+    path: str | os.PathLike | None = None,  # reference file; None = the committed one
+) -> tuple[Features, Tensor]:  # features of test images, their labels int64 [N]
     "The calibration set: the first `samples` of a class-balanced subset of the test images."
     out = Features(*_read_reference(weights, path, ('test_features', 'test_logits')))
     check_int('samples', samples, 1, len(out.features))
     return Features(*(v[:samples] for v in out)), torch.arange(samples) % 10
 
 # %% ../nbs/measure/01_metrics.ipynb #46e639b4
-BLOCK = 1000 # rows read at a time
+BLOCK = 1000  # rows read at a time
+
 
 def blocks(
-    source, # Tensor [N, d], or what slices like one
-    size: int = BLOCK, # rows
-) -> Iterator[Tensor]: # [<= size, d]
+    source,  # Tensor [N, d], or what slices like one
+    size: int = BLOCK,  # rows
+) -> Iterator[Tensor]:  # [<= size, d]
     "The rows of a source, block by block."
-    for a in range(0, len(source), size): yield source[a:min(a + size, len(source))]
+    for a in range(0, len(source), size):
+        yield source[a : min(a + size, len(source))]
 
 # %% ../nbs/measure/01_metrics.ipynb #54ed70bd
 MIN_SAMPLES = 8
 
-def _sums(rows: Tensor) -> tuple[int, Tensor, Tensor]: # [m, d] -> count, mean [d], squares [d, d]
+
+def _sums(rows: Tensor) -> tuple[int, Tensor, Tensor]:  # [m, d] -> count, mean [d], squares [d, d]
     "What a block contributes."
-    mean = rows.mean(0); centred = rows - mean
+    mean = rows.mean(0)
+    centred = rows - mean
     return len(rows), mean, centred.T @ centred
 
-def _union(one: tuple[int, Tensor, Tensor], two: tuple[int, Tensor, Tensor]) -> tuple[int, Tensor, Tensor]:
+
+def _union(
+    one: tuple[int, Tensor, Tensor], two: tuple[int, Tensor, Tensor]
+) -> tuple[int, Tensor, Tensor]:
     "The same of both sets of rows together."
     (n, a, squares), (m, b, more) = one, two
-    if not n or not m: return one if n else two
-    return n + m, a + (b - a) * (m / (n + m)), squares + (more + torch.outer(b - a, b - a) * (n * m / (n + m)))
+    if not n or not m:
+        return one if n else two
+    return (
+        n + m,
+        a + (b - a) * (m / (n + m)),
+        squares + (more + torch.outer(b - a, b - a) * (n * m / (n + m))),
+    )
 
 # %% ../nbs/measure/01_metrics.ipynb #d10865f8
 class Moments:
     "Mean and covariance of rows that come in pieces of any size, in float64."
+
     def __init__(
         self,
-        dim: int, # columns
-        block: int = BLOCK, # rows that are merged at a time
-    ): self.block, self.sums, self.rest = check_int('block', block), (0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)), torch.zeros(0, dim, dtype=torch.float64)
+        dim: int,  # columns
+        block: int = BLOCK,  # rows that are merged at a time
+    ):
+        self.block, self.sums, self.rest = (
+            check_int('block', block),
+            (0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)),
+            torch.zeros(0, dim, dtype=torch.float64),
+        )
 
-    def __len__(self) -> int: return self.sums[0] + len(self.rest)
+    def __len__(self) -> int:
+        return self.sums[0] + len(self.rest)
 
     def add(
         self,
-        rows: Tensor, # [m, d]
+        rows: Tensor,  # [m, d]
     ) -> 'Moments':
         "Take rows in."
-        if rows.ndim != 2 or rows.shape[1] != self.rest.shape[1]: raise ValueError(f'rows are {list(rows.shape)}: give [m, {self.rest.shape[1]}].')
-        self.rest = torch.cat([self.rest, rows.detach().cpu()]) # float64, as the first is
-        while len(self.rest) >= self.block: self.sums, self.rest = _union(self.sums, _sums(self.rest[:self.block])), self.rest[self.block:].clone()
+        if rows.ndim != 2 or rows.shape[1] != self.rest.shape[1]:
+            raise ValueError(f'rows are {list(rows.shape)}: give [m, {self.rest.shape[1]}].')
+        self.rest = torch.cat([self.rest, rows.detach().cpu()])  # float64, as the first is
+        while len(self.rest) >= self.block:
+            self.sums, self.rest = (
+                _union(self.sums, _sums(self.rest[: self.block])),
+                self.rest[self.block :].clone(),
+            )
         return self
 
-    def _all(self): return _union(self.sums, _sums(self.rest)) if len(self.rest) else self.sums
+    def _all(self):
+        return _union(self.sums, _sums(self.rest)) if len(self.rest) else self.sums
 
-    def merge(self, other: 'Moments') -> 'Moments': "Take in the rows that another one has seen."; self.sums = _union(self.sums, other._all()); return self
+    def merge(self, other: 'Moments') -> 'Moments':
+        "Take in the rows that another one has seen."
+        self.sums = _union(self.sums, other._all())
+        return self
 
-    def result(self) -> tuple[Tensor, Tensor]: # mean [d], covariance [d, d] with divisor N - 1
+    def result(self) -> tuple[Tensor, Tensor]:  # mean [d], covariance [d, d] with divisor N - 1
         "The two moments; ValueError for fewer than 8 rows or values that are not finite."
-        check_int('samples', len(self), MIN_SAMPLES); n, mean, squares = self._all()
-        if not squares.diagonal().isfinite().all(): raise ValueError('features are not finite: look at the images they were computed from.')
+        check_int('samples', len(self), MIN_SAMPLES)
+        n, mean, squares = self._all()
+        if not squares.diagonal().isfinite().all():
+            raise ValueError('features are not finite: look at the images they were computed from.')
         return mean.clone(), squares / (n - 1)
 
 # %% ../nbs/measure/01_metrics.ipynb #fccd513d
 @patch
-def state_dict(self:Moments) -> dict: # tensors and an integer, for `torch.save`
+def state_dict(self: Moments) -> dict:  # tensors and an integer, for `torch.save`
     "All it knows."
     n, mean, squares = self.sums
     return dict(n=n, mean=mean, squares=squares, rest=self.rest)
 
+
 @patch
-def load_state_dict(self:Moments, state: Mapping) -> Moments:
+def load_state_dict(self: Moments, state: Mapping) -> Moments:
     "Go on from there."
     self.sums, self.rest = (state['n'], state['mean'], state['squares']), state['rest']
     return self
 
+
 def moments(
-    source, # Tensor [N, d], or what slices like one; N >= 8
-    block: int = BLOCK, # rows read and merged at a time
-) -> tuple[Tensor, Tensor]: # mean [d], covariance [d, d] with divisor N - 1; float64
+    source,  # Tensor [N, d], or what slices like one; N >= 8
+    block: int = BLOCK,  # rows read and merged at a time
+) -> tuple[Tensor, Tensor]:  # mean [d], covariance [d, d] with divisor N - 1; float64
     "The two moments a Fréchet distance compares."
-    check_int('samples', len(source), MIN_SAMPLES); out = None
-    for rows in blocks(source, check_int('block', block)): out = (Moments(rows.shape[1], block) if out is None else out).add(rows)
+    check_int('samples', len(source), MIN_SAMPLES)
+    out = None
+    for rows in blocks(source, check_int('block', block)):
+        out = (Moments(rows.shape[1], block) if out is None else out).add(rows)
     return out.result()
 
 # %% ../nbs/measure/01_metrics.ipynb #4335c116
 def frechet_distance(
-    one: tuple[Tensor, Tensor], # mean [d] and covariance [d, d], float64
-    two: tuple[Tensor, Tensor], # the same of the other set
+    one: tuple[Tensor, Tensor],  # mean [d] and covariance [d, d], float64
+    two: tuple[Tensor, Tensor],  # the same of the other set
 ) -> float:
     "|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))."
     (mu1, s1), (mu2, s2) = one, two
-    values, vectors = torch.linalg.eigh(s1); root = vectors * values.clamp(0).sqrt() @ vectors.T
+    values, vectors = torch.linalg.eigh(s1)
+    root = vectors * values.clamp(0).sqrt() @ vectors.T
     trace = torch.linalg.eigvalsh(root @ s2 @ root).clamp(0).sqrt().sum()
     return ((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * trace).item()
 
 # %% ../nbs/measure/01_metrics.ipynb #c93d3bac
 IS_SPLIT = 5000
 
+
 def inception_score(
-    source, # logits: Tensor [N, classes], or what slices like one
-) -> float: # from 1 to the number of classes
+    source,  # logits: Tensor [N, classes], or what slices like one
+) -> float:  # from 1 to the number of classes
     "exp of the mean KL divergence of p(y|x) from p(y), mean over consecutive splits of up to 5,000 images."
     scores = []
     for split in blocks(source, IS_SPLIT):
-        log_p = split.double().cpu().log_softmax(1); p = log_p.exp(); q = p.mean(0)
-        scores.append(math.exp((torch.special.entr(q).sum() - torch.special.entr(p).sum(1).mean()).item())) # mean KL = entropy of the mean - mean entropy
+        log_p = split.double().cpu().log_softmax(1)
+        p = log_p.exp()
+        q = p.mean(0)
+        scores.append(
+            math.exp((torch.special.entr(q).sum() - torch.special.entr(p).sum(1).mean()).item())
+        )  # mean KL = entropy of the mean - mean entropy
     return sum(scores) / len(scores)
 
 # %% ../nbs/measure/01_metrics.ipynb #3bfda2c4
 KID_SUBSETS, KID_SUBSET_SIZE = 20, 500
 
+
 def kernel_distance(
-    features: Tensor, # generated [N, d]
-    real: Tensor, # real [M, d]
-) -> float: # may be negative
+    features: Tensor,  # generated [N, d]
+    real: Tensor,  # real [M, d]
+) -> float:  # may be negative
     "Unbiased squared MMD with the cubic kernel, mean over random subsets with a fixed seed."
     import_torch_fidelity()
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
     size = min(len(features), len(real), KID_SUBSET_SIZE)
     settings = dict(kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False)
     return kid_features_to_metric(features.double(), real.double(), **settings)[KEY_METRIC_KID_MEAN]
@@ -294,77 +396,109 @@ def kernel_distance(
 # %% ../nbs/measure/01_metrics.ipynb #bcac4a22
 NEIGHBOURS = 3
 
-def _distances(u: Tensor, v: Tensor) -> Tensor: # [n, m]
+
+def _distances(u: Tensor, v: Tensor) -> Tensor:  # [n, m]
     "Squared distances of the rows; both on one device."
     return (u.square().sum(1)[:, None] - 2 * u @ v.T + v.square().sum(1)).clamp(0)
 
+
 def manifold_radii(
-    source, # features: Tensor [N, d], or what slices like one; N >= 4
-    k: int = NEIGHBOURS, # which neighbour
-    size: int = 4 * BLOCK, # rows in a block
-    device: str | torch.device = 'cpu', # where the products are computed
-) -> Tensor: # squared distance of every row to its k-th neighbour among the others [N]; float64
+    source,  # features: Tensor [N, d], or what slices like one; N >= 4
+    k: int = NEIGHBOURS,  # which neighbour
+    size: int = 4 * BLOCK,  # rows in a block
+    device: str | torch.device = 'cpu',  # where the products are computed
+) -> Tensor:  # squared distance of every row to its k-th neighbour among the others [N]; float64
     "The balls that make a manifold."
-    check_int('samples', len(source), k + 1); out = []
+    check_int('samples', len(source), k + 1)
+    out = []
     for i, rows in enumerate(blocks(source, size)):
         rows, near = rows.double().to(device), torch.empty(0)
         for j, others in enumerate(blocks(source, size)):
             d = _distances(rows, others.double().to(device))
-            if i == j: d.fill_diagonal_(0) # exactly: itself is the nearest
-            near = torch.cat([near.to(d), d.topk(min(k + 1, d.shape[1]), largest=False)[0]], 1) if len(near) else d.topk(min(k + 1, d.shape[1]), largest=False)[0]
+            if i == j:
+                d.fill_diagonal_(0)  # exactly: itself is the nearest
+            near = (
+                torch.cat([near.to(d), d.topk(min(k + 1, d.shape[1]), largest=False)[0]], 1)
+                if len(near)
+                else d.topk(min(k + 1, d.shape[1]), largest=False)[0]
+            )
         out.append(near.topk(k + 1, largest=False)[0][:, -1].cpu())
     return torch.cat(out)
 
+
 def inside_share(
-    source, # features asked about: Tensor [N, d], or what slices like one
-    manifold, # features whose balls make the manifold [M, d]
-    radii: Tensor, # of the balls, from `manifold_radii` [M]
-    size: int = 4 * BLOCK, # rows in a block
-    device: str | torch.device = 'cpu', # where the products are computed
+    source,  # features asked about: Tensor [N, d], or what slices like one
+    manifold,  # features whose balls make the manifold [M, d]
+    radii: Tensor,  # of the balls, from `manifold_radii` [M]
+    size: int = 4 * BLOCK,  # rows in a block
+    device: str | torch.device = 'cpu',  # where the products are computed
 ) -> float:
     "Share of the rows that lie in a ball, rim included."
     count = 0
     for rows in blocks(source, size):
-        rows = rows.double().to(device); inside = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for balls, r in zip(blocks(manifold, size), blocks(radii, size)): inside |= (_distances(rows, balls.double().to(device)) <= r.to(device)).any(1)
+        rows = rows.double().to(device)
+        inside = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        for balls, r in zip(blocks(manifold, size), blocks(radii, size)):
+            inside |= (_distances(rows, balls.double().to(device)) <= r.to(device)).any(1)
         count += inside.sum().item()
     return count / len(source)
 
+
 def precision_recall(
-    source, # generated features: Tensor [N, d], or what slices like one; N >= 4
-    real, # real features [M, d]; M >= 4
-    device: str | torch.device = 'cpu', # where the products are computed
-    size: int = 4 * BLOCK, # rows in a block
-) -> tuple[float, float]: # precision, recall
+    source,  # generated features: Tensor [N, d], or what slices like one; N >= 4
+    real,  # real features [M, d]; M >= 4
+    device: str | torch.device = 'cpu',  # where the products are computed
+    size: int = 4 * BLOCK,  # rows in a block
+) -> tuple[float, float]:  # precision, recall
     "Shares of the generated and of the real features inside the other set's manifold, k = 3."
     where = dict(size=check_int('size', size), device=device)
-    return (inside_share(source, real, manifold_radii(real, **where), **where),
-            inside_share(real, source, manifold_radii(source, **where), **where))
+    return (
+        inside_share(source, real, manifold_radii(real, **where), **where),
+        inside_share(real, source, manifold_radii(source, **where), **where),
+    )
 
 # %% ../nbs/measure/01_metrics.ipynb #6bde3440
 def compute_metrics(
-    features: Features, # of N >= 8 generated images
-    labels: Tensor | None = None, # classes asked for, int64 [N]; None = no accuracy
-    reference: Reference | None = None, # real images; None = the committed reference
-) -> dict[str, float]: # fd, is, kid, precision, recall; accuracy where labels are given
+    features: Features,  # of N >= 8 generated images
+    labels: Tensor | None = None,  # classes asked for, int64 [N]; None = no accuracy
+    reference: Reference | None = None,  # real images; None = the committed reference
+) -> dict[str, float]:  # fd, is, kid, precision, recall; accuracy where labels are given
     "All metrics of a set of images against the reference; ValueError for fewer than 8 images or values that are not finite."
     f, logits = (v.cpu() for v in features)
     check_int('samples', len(f), MIN_SAMPLES)
-    if not (f.isfinite().all() and logits.isfinite().all()): raise ValueError('features have values that are not finite.')
+    if not (f.isfinite().all() and logits.isfinite().all()):
+        raise ValueError('features have values that are not finite.')
     if len(logits) != len(f) or (labels is not None and labels.shape != (len(f),)):
         given = 'no' if labels is None else str(tuple(labels.shape))
-        raise ValueError(f'{len(f)} features, {len(logits)} logits, {given} labels: give one each an image.')
+        raise ValueError(
+            f'{len(f)} features, {len(logits)} logits, {given} labels: give one each an image.'
+        )
     ref = load_reference() if reference is None else reference
     precision, recall = precision_recall(f, ref.features)
-    out = {'fd': frechet_distance(moments(f), ref[:2]), 'is': inception_score(logits), 'kid': kernel_distance(f, ref.features),
-           'precision': precision, 'recall': recall}
-    if labels is not None: out['accuracy'] = (logits.argmax(1) == labels.cpu()).double().mean().item()
+    out = {
+        'fd': frechet_distance(moments(f), ref[:2]),
+        'is': inception_score(logits),
+        'kid': kernel_distance(f, ref.features),
+        'precision': precision,
+        'recall': recall,
+    }
+    if labels is not None:
+        out['accuracy'] = (logits.argmax(1) == labels.cpu()).double().mean().item()
     return out
 
-def metrics_protocol() -> dict[str, str | int]: # goes into the protocol of every report
+
+def metrics_protocol() -> dict[str, str | int]:  # goes into the protocol of every report
     "The choices behind `compute_metrics`, as data."
     card = read_card(data_file('fashion_reference.safetensors'))
-    return {'extractor': extractor_name(), 'n_real_fd': card['train_images'], 'n_real_kid_pr': card['train_subset'],
-            'pr_neighbours': NEIGHBOURS, 'kid_subsets': KID_SUBSETS, 'kid_subset_size': KID_SUBSET_SIZE, 'is_split_size': 5000,
-            'uint8_rule': 'floor(clip((x + 1) * 127.5 + 0.5, 0, 255))', 'resize': 'none',
-            'library': f'torch-fidelity {import_torch_fidelity().__version__}'}
+    return {
+        'extractor': extractor_name(),
+        'n_real_fd': card['train_images'],
+        'n_real_kid_pr': card['train_subset'],
+        'pr_neighbours': NEIGHBOURS,
+        'kid_subsets': KID_SUBSETS,
+        'kid_subset_size': KID_SUBSET_SIZE,
+        'is_split_size': 5000,
+        'uint8_rule': 'floor(clip((x + 1) * 127.5 + 0.5, 0, 255))',
+        'resize': 'none',
+        'library': f'torch-fidelity {import_torch_fidelity().__version__}',
+    }

@@ -23,17 +23,28 @@ from torch import nn, Tensor
 from .fields import GaussianMixture
 from .kernels import deformable_gather
 from .paths import LinearPath, NoisePath, VPPath
-from .utils import ASSET_FOLDER, asset_file, atomic_path, check_choice, data_file, data_root, import_torchvision, sha256, write_json
+from neuralsolver.utils import (
+    ASSET_FOLDER,
+    asset_file,
+    atomic_path,
+    check_choice,
+    data_file,
+    data_root,
+    import_torchvision,
+    sha256,
+    write_json,
+)
 
 # %% ../nbs/models/01_models.ipynb #897ab515
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     "Adaptive layer norm: x (1 + scale) + shift; x [B, T, D], shift and scale [B, D]."
     return x * (1 + scale[:, None]) + shift[:, None]
 
+
 def position_embedding(
-    dim: int, # channels D, divisible by 4
-    grid: int, # patches per side G
-) -> Tensor: # [1, G * G, D]
+    dim: int,  # channels D, divisible by 4
+    grid: int,  # patches per side G
+) -> Tensor:  # [1, G * G, D]
     "2-D sine-cosine embedding: first half of the channels the column, second half the row, each as cat(sin, cos)."
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
@@ -44,59 +55,89 @@ def position_embedding(
 # %% ../nbs/models/01_models.ipynb #e971b662
 class PatchImage(nn.Module):
     "Patches to an image of tokens: [B, C, H, W] -> [B, D, H / p, W / p]."
+
     def __init__(self, patch_size: int, in_channels: int, dim: int):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
-    def forward(self, x: Tensor) -> Tensor: return self.proj(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
 
 class PatchEmbed(PatchImage):
     "Patches to a sequence of tokens: [B, C, H, W] -> [B, T, D]."
-    def forward(self, x: Tensor) -> Tensor: return super().forward(x).flatten(2).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flatten(2).transpose(1, 2)
+
 
 class TimestepEmbedder(nn.Module):
     "Time [B] -> [B, D]."
+
     def __init__(self, dim: int, frequencies: int = 256):
         super().__init__()
         self.half = frequencies // 2
         self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+
     def embedding(self, t: Tensor) -> Tensor:
-        frequency = torch.exp(-math.log(10000) * torch.arange(self.half, dtype=torch.float32, device=t.device) / self.half)
+        frequency = torch.exp(
+            -math.log(10000)
+            * torch.arange(self.half, dtype=torch.float32, device=t.device)
+            / self.half
+        )
         angle = t.float()[:, None] * frequency
         return torch.cat([angle.cos(), angle.sin()], -1)
-    def forward(self, t: Tensor) -> Tensor: return self.mlp(self.embedding(t).to(self.mlp[0].weight.dtype))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(self.embedding(t).to(self.mlp[0].weight.dtype))
+
 
 class LabelEmbedder(nn.Module):
     "Class labels [B] -> [B, D]; in training mode a label becomes the null class with probability `dropout`."
+
     def __init__(self, num_classes: int, dim: int, dropout: float, null: bool = False):
         super().__init__()
         self.num_classes, self.dropout = num_classes, dropout
         self.embedding_table = nn.Embedding(num_classes + (dropout > 0 or null), dim)
+
     def forward(self, y: Tensor) -> Tensor:
         if self.training and self.dropout > 0:
-            y = torch.where(torch.rand(y.shape, device=y.device) < self.dropout, self.num_classes, y)
+            y = torch.where(
+                torch.rand(y.shape, device=y.device) < self.dropout, self.num_classes, y
+            )
         return self.embedding_table(y)
 
 # %% ../nbs/models/01_models.ipynb #d07dc6e7
 class Attention(nn.Module):
     "Multi-head self-attention, [B, T, D] -> [B, T, D]."
+
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        )
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+
 
 class Mlp(nn.Module):
     "Two linear layers around the tanh form of GELU."
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-    def forward(self, x: Tensor) -> Tensor: return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate='tanh'))
+
 
 class Block(nn.Module):
     "Transformer block with adaLN-zero: attention and MLP, each shifted, scaled and gated by the condition c [B, D]."
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
@@ -104,18 +145,22 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, 1)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
+
 class FinalLayer(nn.Module):
     "Tokens to patches: [B, T, D] -> [B, T, p * p * C], modulated like a block."
+
     def __init__(self, dim: int, patch_size: int, out_channels: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(dim, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, 1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
@@ -123,72 +168,116 @@ class FinalLayer(nn.Module):
 # %% ../nbs/models/01_models.ipynb #779d6ec5
 class DiT(nn.Module):
     "Diffusion Transformer (arXiv 2212.09748): noise on the variance-preserving path; told the step index, 999 noise, 0 data."
-    path, prediction, network_time, guided_channels = VPPath(), 'noise', '1000t', 3 # what `Field` assumes; 1000 t and three channels as in the paper's code
+
+    path, prediction, network_time, guided_channels = (
+        VPPath(),
+        'noise',
+        '1000t',
+        3,
+    )  # what `Field` assumes; 1000 t and three channels as in the paper's code
 
     def __init__(
         self,
-        input_size: int = 32, # side of the (latent) image
-        patch_size: int = 2, # side of a patch; divides input_size
-        in_channels: int = 4, # channels of the (latent) image
-        hidden_size: int = 1152, # width D; divisible by num_heads and by 4
-        depth: int = 28, # number of blocks
-        num_heads: int = 16, # attention heads
-        mlp_ratio: float = 4.0, # hidden width of the MLP over D
-        class_dropout_prob: float = 0.1, # label dropout in training mode; > 0 also gives the null class its row
-        num_classes: int = 1000, # classes; index num_classes is the null class
-        learn_sigma: bool = True, # return twice the channels: the prediction, then the learned variance
+        input_size: int = 32,  # side of the (latent) image
+        patch_size: int = 2,  # side of a patch; divides input_size
+        in_channels: int = 4,  # channels of the (latent) image
+        hidden_size: int = 1152,  # width D; divisible by num_heads and by 4
+        depth: int = 28,  # number of blocks
+        num_heads: int = 16,  # attention heads
+        mlp_ratio: float = 4.0,  # hidden width of the MLP over D
+        class_dropout_prob: float = 0.1,  # label dropout in training mode; > 0 also gives the null class its row
+        num_classes: int = 1000,  # classes; index num_classes is the null class
+        learn_sigma: bool = True,  # return twice the channels: the prediction, then the learned variance
     ):
         super().__init__()
         if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(f'patch_size={patch_size} must divide input_size={input_size}, and num_heads={num_heads} and 4 hidden_size={hidden_size}.')
-        self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size, depth=depth, num_heads=num_heads,
-                           mlp_ratio=mlp_ratio, class_dropout_prob=class_dropout_prob, num_classes=num_classes, learn_sigma=learn_sigma)
-        self.patch_size, self.in_channels, self.num_classes, self.learn_sigma = patch_size, in_channels, num_classes, learn_sigma
+            raise ValueError(
+                f'patch_size={patch_size} must divide input_size={input_size}, and num_heads={num_heads} and 4 hidden_size={hidden_size}.'
+            )
+        self.config = dict(
+            input_size=input_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            class_dropout_prob=class_dropout_prob,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+        )
+        self.patch_size, self.in_channels, self.num_classes, self.learn_sigma = (
+            patch_size,
+            in_channels,
+            num_classes,
+            learn_sigma,
+        )
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         self.sample_shape = (in_channels, input_size, input_size)
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.pos_embed = nn.Parameter(position_embedding(hidden_size, input_size // patch_size), requires_grad=False)
-        self.blocks = nn.ModuleList([Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.pos_embed = nn.Parameter(
+            position_embedding(hidden_size, input_size // patch_size), requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            [Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)]
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
     def initialize_weights(self):
         "Xavier for linear layers and patches, N(0, 0.02) for the embeddings, zero for every gate and the output (adaLN-zero)."
         for m in self.modules():
-            if isinstance(m, nn.Linear): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
         proj = self.x_embedder.proj
-        nn.init.xavier_uniform_(proj.weight.view(len(proj.weight), -1)); nn.init.zeros_(proj.bias)
-        for w in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]): nn.init.normal_(w.weight, std=0.02)
-        for m in [b.adaLN_modulation[1] for b in self.blocks] + [self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(m.weight); nn.init.zeros_(m.bias)
+        nn.init.xavier_uniform_(proj.weight.view(len(proj.weight), -1))
+        nn.init.zeros_(proj.bias)
+        for w in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(w.weight, std=0.02)
+        for m in [b.adaLN_modulation[1] for b in self.blocks] + [
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ]:
+            nn.init.zeros_(m.weight)
+            nn.init.zeros_(m.bias)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         "Tokens [B, T, p * p * C] in order (patch row, patch column, row, column, channel) -> image [B, C, H, W]."
-        B, T, _ = x.shape; g, p = math.isqrt(T), self.patch_size
-        return x.view(B, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_channels, g * p, g * p)
+        B, T, _ = x.shape
+        g, p = math.isqrt(T), self.patch_size
+        return (
+            x.view(B, g, g, p, p, self.out_channels)
+            .permute(0, 5, 1, 3, 2, 4)
+            .reshape(B, self.out_channels, g * p, g * p)
+        )
 
     def forward(
         self,
-        x: Tensor, # state [B, C, H, W]
-        t: Tensor, # time as the network knows it [B]
-        y: Tensor, # int64 class labels [B]; num_classes = null class
-    ) -> Tensor: # prediction [B, C, H, W], or [B, 2 C, H, W] with learn_sigma
+        x: Tensor,  # state [B, C, H, W]
+        t: Tensor,  # time as the network knows it [B]
+        y: Tensor,  # int64 class labels [B]; num_classes = null class
+    ) -> Tensor:  # prediction [B, C, H, W], or [B, 2 C, H, W] with learn_sigma
         "The prediction at state x, time t, for class y."
         h = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
-        for block in self.blocks: h = block(h, c)
+        for block in self.blocks:
+            h = block(h, c)
         return self.unpatchify(self.final_layer(h, c))
+
 
 class SiT(DiT):
     "Scalable Interpolant Transformer (arXiv 2401.08740): velocity on the linear path, told t: 0 noise, 1 data; never returns the variance."
+
     path, prediction, network_time, guided_channels = LinearPath(), 'velocity', 't', None
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: return super().forward(x, t, y)[:, :self.in_channels]
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x, t, y)[:, : self.in_channels]
 
 # %% ../nbs/models/01_models.ipynb #97d84621
-SIZES = { # name: depth, hidden size, heads
+SIZES = {  # name: depth, hidden size, heads
     'S': dict(depth=12, hidden_size=384, num_heads=6),
     'B': dict(depth=12, hidden_size=768, num_heads=12),
     'L': dict(depth=24, hidden_size=1024, num_heads=16),
@@ -199,36 +288,65 @@ SIZES = { # name: depth, hidden size, heads
 # %% ../nbs/models/01_models.ipynb #a3822201
 class DeformableAttention(nn.Module):
     "A token gathers K points of every group, [B, H, W, D] -> [B, H, W, D]."
-    def __init__(self, dim: int, groups: int, points: int = 9, max_scale: float = 6.):
+
+    def __init__(self, dim: int, groups: int, points: int = 9, max_scale: float = 6.0):
         super().__init__()
-        self.groups, self.points, self.max_scale, side = groups, points, max_scale, math.isqrt(points)
-        axis = torch.linspace(-(side // 2), side // 2, side); row, column = torch.meshgrid(axis, axis, indexing='ij')
-        self.deformables_prior = nn.Parameter(torch.stack([column, row], -1).view(1, 1, 1, 1, points, 2), requires_grad=False) # column varies fastest
+        self.groups, self.points, self.max_scale, side = (
+            groups,
+            points,
+            max_scale,
+            math.isqrt(points),
+        )
+        axis = torch.linspace(-(side // 2), side // 2, side)
+        row, column = torch.meshgrid(axis, axis, indexing='ij')
+        self.deformables_prior = nn.Parameter(
+            torch.stack([column, row], -1).view(1, 1, 1, 1, points, 2), requires_grad=False
+        )  # column varies fastest
         self.deformables_scale = nn.Parameter(torch.zeros(1, 1, 1, groups, 1, 1))
         self.v, self.qk_deformables = nn.Linear(dim, dim), nn.Linear(dim, groups * points * 2)
-        self.qk_scales, self.qk_weights = nn.Linear(dim, groups * points, bias=False), nn.Linear(dim, groups * points)
+        self.qk_scales, self.qk_weights = (
+            nn.Linear(dim, groups * points, bias=False),
+            nn.Linear(dim, groups * points),
+        )
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = *x.shape[:3], self.groups, self.points
-        scale = (self.qk_scales(x).view(*shape, 1) + self.deformables_scale).sigmoid() * self.max_scale
+        scale = (
+            self.qk_scales(x).view(*shape, 1) + self.deformables_scale
+        ).sigmoid() * self.max_scale
         offsets = (self.qk_deformables(x).view(*shape, 2) + self.deformables_prior) * scale
-        return self.out(deformable_gather(self.v(x).unflatten(-1, (self.groups, -1)), offsets, self.qk_weights(x).view(shape)).flatten(3))
+        return self.out(
+            deformable_gather(
+                self.v(x).unflatten(-1, (self.groups, -1)), offsets, self.qk_weights(x).view(shape)
+            ).flatten(3)
+        )
+
 
 class SwiGLU(nn.Module):
     "w2(silu(w1 x) w3 x), without biases."
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.w1, self.w3, self.w2 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, dim, bias=False)
-    def forward(self, x: Tensor) -> Tensor: return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        self.w1, self.w3, self.w2 = (
+            nn.Linear(dim, hidden, bias=False),
+            nn.Linear(dim, hidden, bias=False),
+            nn.Linear(hidden, dim, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
 
 class FlowDCNBlock(nn.Module):
     "As a transformer block with adaLN-zero, with RMS norms, on tokens [B, H, W, D]; c [B, D]."
+
     def __init__(self, dim: int, groups: int):
         super().__init__()
         self.norm1, self.attn = nn.RMSNorm(dim, eps=1e-6), DeformableAttention(dim, groups)
         self.norm2, self.mlp = nn.RMSNorm(dim, eps=1e-6), SwiGLU(dim, int(2 * int(4 * dim) / 3))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         a, b, g, d, e, h = self.adaLN_modulation(c)[:, None, None].chunk(6, -1)
         x = x + g * self.attn(self.norm1(x) * (1 + b) + a)
@@ -237,29 +355,52 @@ class FlowDCNBlock(nn.Module):
 # %% ../nbs/models/01_models.ipynb #1037173b
 class FlowDCN(nn.Module):
     "FlowDCN (arXiv 2410.22655): velocity on the linear path, told t: 0 noise, 1 data; any image size that patches divide."
+
     path, prediction, network_time, guided_channels = LinearPath(), 'velocity', 't', None
 
     def __init__(
         self,
-        in_channels: int = 4, # channels of the (latent) image
-        num_groups: int = 12, # groups of channels that gather together; divides hidden_size
-        hidden_size: int = 1152, # width D
-        num_blocks: int = 18, # number of blocks
-        patch_size: int = 2, # side of a patch
-        num_classes: int = 1000, # classes; index num_classes is the null class
-        learn_sigma: bool = True, # the last layer has twice the channels; the second half is not returned
-        class_dropout_prob: float = 0.0, # label dropout in training mode
-        input_size: int = 32, # side of the (latent) image samples are drawn at
+        in_channels: int = 4,  # channels of the (latent) image
+        num_groups: int = 12,  # groups of channels that gather together; divides hidden_size
+        hidden_size: int = 1152,  # width D
+        num_blocks: int = 18,  # number of blocks
+        patch_size: int = 2,  # side of a patch
+        num_classes: int = 1000,  # classes; index num_classes is the null class
+        learn_sigma: bool = True,  # the last layer has twice the channels; the second half is not returned
+        class_dropout_prob: float = 0.0,  # label dropout in training mode
+        input_size: int = 32,  # side of the (latent) image samples are drawn at
     ):
         super().__init__()
-        if hidden_size % num_groups: raise ValueError(f'num_groups={num_groups} must divide hidden_size={hidden_size}.')
-        self.config = dict(in_channels=in_channels, num_groups=num_groups, hidden_size=hidden_size, num_blocks=num_blocks, patch_size=patch_size, num_classes=num_classes,
-                           learn_sigma=learn_sigma, class_dropout_prob=class_dropout_prob, input_size=input_size)
-        self.in_channels, self.patch_size, self.num_classes, self.sample_shape = in_channels, patch_size, num_classes, (in_channels, input_size, input_size)
-        self.x_embedder, self.t_embedder = PatchImage(patch_size, in_channels, hidden_size), TimestepEmbedder(hidden_size)
+        if hidden_size % num_groups:
+            raise ValueError(f'num_groups={num_groups} must divide hidden_size={hidden_size}.')
+        self.config = dict(
+            in_channels=in_channels,
+            num_groups=num_groups,
+            hidden_size=hidden_size,
+            num_blocks=num_blocks,
+            patch_size=patch_size,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+            class_dropout_prob=class_dropout_prob,
+            input_size=input_size,
+        )
+        self.in_channels, self.patch_size, self.num_classes, self.sample_shape = (
+            in_channels,
+            patch_size,
+            num_classes,
+            (in_channels, input_size, input_size),
+        )
+        self.x_embedder, self.t_embedder = (
+            PatchImage(patch_size, in_channels, hidden_size),
+            TimestepEmbedder(hidden_size),
+        )
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob, null=True)
-        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
-        self.blocks = nn.ModuleList([FlowDCNBlock(hidden_size, num_groups) for _ in range(num_blocks)])
+        self.final_layer = FinalLayer(
+            hidden_size, patch_size, in_channels * (2 if learn_sigma else 1)
+        )
+        self.blocks = nn.ModuleList(
+            [FlowDCNBlock(hidden_size, num_groups) for _ in range(num_blocks)]
+        )
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -267,215 +408,367 @@ class FlowDCN(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
-                if m.bias is not None: nn.init.zeros_(m.bias)
-        for w in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]): nn.init.normal_(w.weight, std=.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        for w in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(w.weight, std=0.02)
         for b in self.blocks:
-            for m in (b.attn.qk_deformables, b.attn.qk_scales, b.attn.qk_weights): nn.init.zeros_(m.weight)
+            for m in (b.attn.qk_deformables, b.attn.qk_scales, b.attn.qk_weights):
+                nn.init.zeros_(m.weight)
             nn.init.constant_(b.attn.qk_weights.bias, 1 / b.attn.points)
-        for m in [b.adaLN_modulation[1] for b in self.blocks] + [self.final_layer.adaLN_modulation[1], self.final_layer.linear]: nn.init.zeros_(m.weight); nn.init.zeros_(m.bias)
+        for m in [b.adaLN_modulation[1] for b in self.blocks] + [
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ]:
+            nn.init.zeros_(m.weight)
+            nn.init.zeros_(m.bias)
 
     def forward(
         self,
-        x: Tensor, # state [B, C, H, W]
-        t: Tensor, # time in [0, 1], [B]
-        y: Tensor, # int64 class labels [B]; num_classes = null class
-    ) -> Tensor: # velocity [B, C, H, W]
+        x: Tensor,  # state [B, C, H, W]
+        t: Tensor,  # time in [0, 1], [B]
+        y: Tensor,  # int64 class labels [B]; num_classes = null class
+    ) -> Tensor:  # velocity [B, C, H, W]
         "The velocity at state x, time t, for class y."
-        h = self.x_embedder(x).permute(0, 2, 3, 1); c = self.t_embedder(t) + self.y_embedder(y)
-        for block in self.blocks: h = block(h, c)
-        B, rows, columns, _ = h.shape; p = self.patch_size
+        h = self.x_embedder(x).permute(0, 2, 3, 1)
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            h = block(h, c)
+        B, rows, columns, _ = h.shape
+        p = self.patch_size
         out = self.final_layer(h.flatten(1, 2), c).view(B, rows, columns, p, p, -1)
-        return out.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * p, columns * p)[:, :self.in_channels]
+        return out.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * p, columns * p)[
+            :, : self.in_channels
+        ]
 
 # %% ../nbs/models/01_models.ipynb #beba238f
 class Checkpoint(NamedTuple):
     "An official checkpoint."
-    architecture: str # a key of ARCHITECTURES
-    size: str # a key of SIZES
-    input_size: int # side of the latent
-    source: str # id of a Hugging Face repository, or a URL
-    file: str # its name there; '' = not known, give `path`
-    sha256: str | None = None # where known
+
+    architecture: str  # a key of ARCHITECTURES
+    size: str  # a key of SIZES
+    input_size: int  # side of the latent
+    source: str  # id of a Hugging Face repository, or a URL
+    file: str  # its name there; '' = not known, give `path`
+    sha256: str | None = None  # where known
+
 
 CHECKPOINTS = {
-    'sit-xl-2-256': Checkpoint('SiT', 'XL', 32, 'nyu-visionx/SiT-collections', 'SiT-XL-2-256.pt', 'e645b5cd82d1d645cfd9b7c96041b56b2a0aa61faed90c0869e79be02ab55aca'),
-    'dit-xl-2-256': Checkpoint('DiT', 'XL', 32, 'https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt', 'DiT-XL-2-256x256.pt'),
-    'dit-xl-2-512': Checkpoint('DiT', 'XL', 64, 'https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-512x512.pt', 'DiT-XL-2-512x512.pt'),
-    **{f'flowdcn-{s}-2-256': Checkpoint('FlowDCN', s.upper(), 32, 'wangsssssss/FlowDCN', '') for s in ('s', 'b', 'l', 'xl')},
+    'sit-xl-2-256': Checkpoint(
+        'SiT',
+        'XL',
+        32,
+        'nyu-visionx/SiT-collections',
+        'SiT-XL-2-256.pt',
+        'e645b5cd82d1d645cfd9b7c96041b56b2a0aa61faed90c0869e79be02ab55aca',
+    ),
+    'dit-xl-2-256': Checkpoint(
+        'DiT',
+        'XL',
+        32,
+        'https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt',
+        'DiT-XL-2-256x256.pt',
+    ),
+    'dit-xl-2-512': Checkpoint(
+        'DiT',
+        'XL',
+        64,
+        'https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-512x512.pt',
+        'DiT-XL-2-512x512.pt',
+    ),
+    **{
+        f'flowdcn-{s}-2-256': Checkpoint('FlowDCN', s.upper(), 32, 'wangsssssss/FlowDCN', '')
+        for s in ('s', 'b', 'l', 'xl')
+    },
     'flowdcn-xl-2-512': Checkpoint('FlowDCN', 'XL', 64, 'wangsssssss/FlowDCN', ''),
 }
 
 # %% ../nbs/models/01_models.ipynb #b4f0e034
 def read_checkpoint(
-    path: str | os.PathLike, # .safetensors, or a file written by torch.save
-) -> dict[str, Tensor] | list[Tensor]: # a state dict, or tensors in the order of `parameters()`
+    path: str | os.PathLike,  # .safetensors, or a file written by torch.save
+) -> dict[str, Tensor] | list[Tensor]:  # a state dict, or tensors in the order of `parameters()`
     "The weights in a file of any of the official layouts, the moving average if there is one."
-    if str(path).endswith('.safetensors'): return load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]): found = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    if isinstance(found, dict) and found.get('optimizer_states') and 'ema' in found['optimizer_states'][0]: return list(found['optimizer_states'][0]['ema'])
+    if str(path).endswith('.safetensors'):
+        return load_file(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        found = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    if (
+        isinstance(found, dict)
+        and found.get('optimizer_states')
+        and 'ema' in found['optimizer_states'][0]
+    ):
+        return list(found['optimizer_states'][0]['ema'])
     for key in ('ema', 'model', 'state_dict'):
-        if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]; break
-    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
-        raise ValueError(f'{path} holds no weights known here: a state dict, or a file with optimizer_states[0]["ema"], "ema", "model" or "state_dict" is needed.')
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+            break
+    if (
+        not isinstance(found, dict)
+        or not found
+        or not all(isinstance(v, Tensor) for v in found.values())
+    ):
+        raise ValueError(
+            f'{path} holds no weights known here: a state dict, or a file with optimizer_states[0]["ema"], "ema", "model" or "state_dict" is needed.'
+        )
     return {k.removeprefix('module.'): v for k, v in found.items()}
 
+
 def load_checkpoint(
-    net: nn.Module, # the network that the file belongs to, changed in place
-    path: str | os.PathLike, # as in `read_checkpoint`
-) -> nn.Module: # the network, in eval mode, parameters not requiring gradients
+    net: nn.Module,  # the network that the file belongs to, changed in place
+    path: str | os.PathLike,  # as in `read_checkpoint`
+) -> nn.Module:  # the network, in eval mode, parameters not requiring gradients
     "Put a checkpoint into a network; ValueError for a missing, foreign or misshapen tensor."
     weights, names = read_checkpoint(path), [k for k, _ in net.named_parameters()]
     if isinstance(weights, list):
-        if len(weights) != len(names): raise ValueError(f'{path}: a list of {len(weights)} tensors does not fit the {len(names)} parameters of {type(net).__name__}.')
+        if len(weights) != len(names):
+            raise ValueError(
+                f'{path}: a list of {len(weights)} tensors does not fit the {len(names)} parameters of {type(net).__name__}.'
+            )
         weights = dict(zip(names, weights))
     own = net.state_dict()
-    wrong = [f'missing {k}' for k in own.keys() - weights.keys()] + [f'foreign {k}' for k in weights.keys() - own.keys()] + [
-        f'{k} {list(weights[k].shape)} instead of {list(v.shape)}' for k, v in own.items() if k in weights and weights[k].shape != v.shape]
-    if wrong: raise ValueError(f'{path} does not belong to this {type(net).__name__}: {", ".join(sorted(wrong)[:5])}{", ..." if len(wrong) > 5 else ""} ({len(wrong)} of {len(own)} tensors).')
+    wrong = (
+        [f'missing {k}' for k in own.keys() - weights.keys()]
+        + [f'foreign {k}' for k in weights.keys() - own.keys()]
+        + [
+            f'{k} {list(weights[k].shape)} instead of {list(v.shape)}'
+            for k, v in own.items()
+            if k in weights and weights[k].shape != v.shape
+        ]
+    )
+    if wrong:
+        raise ValueError(
+            f'{path} does not belong to this {type(net).__name__}: {", ".join(sorted(wrong)[:5])}{", ..." if len(wrong) > 5 else ""} ({len(wrong)} of {len(own)} tensors).'
+        )
     net.load_state_dict(weights, strict=True, assign=any(p.is_meta for p in net.parameters()))
     return net.eval().requires_grad_(False)
 
 # %% ../nbs/models/01_models.ipynb #6984f4d3
 def checkpoint_file(
-    name: str, # a key of CHECKPOINTS
-    path: str | os.PathLike | None = None, # a local file
+    name: str,  # a key of CHECKPOINTS
+    path: str | os.PathLike | None = None,  # a local file
 ) -> Path:
     "A checkpoint on disk: the file given, one in $NEURALSOLVER_CHECKPOINTS, or fetched; see `asset_file`."
     c = CHECKPOINTS[check_choice('checkpoint', name, CHECKPOINTS)]
-    return asset_file(name, c.file, c.source, c.sha256, path, also=(f'{name}.pt', f'{name}.safetensors'))
+    return asset_file(
+        name, c.file, c.source, c.sha256, path, also=(f'{name}.pt', f'{name}.safetensors')
+    )
 
 # %% ../nbs/models/01_models.ipynb #e77f6170
 ARCHITECTURES = {'SiT': SiT, 'DiT': DiT, 'FlowDCN': FlowDCN}
 
+
 def make_model(
-    architecture: str, # a key of ARCHITECTURES
-    size: str, # a key of SIZES; for FlowDCN heads are groups
-    input_size: int = 32, # side of the (latent) image
-    patch_size: int = 2, # side of a patch
-    in_channels: int = 4, # channels of the (latent) image
-    **kwargs, # further arguments of the architecture
-) -> nn.Module: # untrained
+    architecture: str,  # a key of ARCHITECTURES
+    size: str,  # a key of SIZES; for FlowDCN heads are groups
+    input_size: int = 32,  # side of the (latent) image
+    patch_size: int = 2,  # side of a patch
+    in_channels: int = 4,  # channels of the (latent) image
+    **kwargs,  # further arguments of the architecture
+) -> nn.Module:  # untrained
     "A network of a published size."
     dims = dict(SIZES[check_choice('size', size, SIZES)])
-    if check_choice('architecture', architecture, ARCHITECTURES) == 'FlowDCN': dims = dict(hidden_size=dims['hidden_size'], num_blocks=dims['depth'], num_groups=dims['num_heads'])
-    return ARCHITECTURES[architecture](input_size=input_size, patch_size=patch_size, in_channels=in_channels, **dims, **kwargs)
+    if check_choice('architecture', architecture, ARCHITECTURES) == 'FlowDCN':
+        dims = dict(
+            hidden_size=dims['hidden_size'], num_blocks=dims['depth'], num_groups=dims['num_heads']
+        )
+    return ARCHITECTURES[architecture](
+        input_size=input_size, patch_size=patch_size, in_channels=in_channels, **dims, **kwargs
+    )
+
 
 def save_model(
-    net: nn.Module, # a network with a `config` of constructor arguments
-    state_dict: dict[str, Tensor], # the weights to save (the EMA, usually)
-    path: str | os.PathLike, # NAME.safetensors; the card is written beside it as NAME.json
-    card: dict, # how it was made: command, samples seen, loss, seed, ...
+    net: nn.Module,  # a network with a `config` of constructor arguments
+    state_dict: dict[str, Tensor],  # the weights to save (the EMA, usually)
+    path: str | os.PathLike,  # NAME.safetensors; the card is written beside it as NAME.json
+    card: dict,  # how it was made: command, samples seen, loss, seed, ...
 ):
     "Write weights and card; the card carries the SHA-256 of the weights."
     path = Path(path)
-    with atomic_path(path) as tmp: save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, tmp)
-    write_json(path.with_suffix('.json'), dict(architecture=type(net).__name__, config=net.config, sha256=sha256(path), **card))
+    with atomic_path(path) as tmp:
+        save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, tmp)
+    write_json(
+        path.with_suffix('.json'),
+        dict(architecture=type(net).__name__, config=net.config, sha256=sha256(path), **card),
+    )
+
 
 def load_card(path: str | os.PathLike) -> dict:
     "The card of a weights file."
     return json.loads(Path(path).with_suffix('.json').read_text())
 
+
 def load_weights(
-    path: str | os.PathLike, # NAME.safetensors with its card NAME.json
-    device: str | torch.device = 'cpu', # where to put the network
-) -> nn.Module: # in eval mode, parameters not requiring gradients
+    path: str | os.PathLike,  # NAME.safetensors with its card NAME.json
+    device: str | torch.device = 'cpu',  # where to put the network
+) -> nn.Module:  # in eval mode, parameters not requiring gradients
     "A network with its weights; a hash that does not match the card, or a missing or foreign key, is an error."
     card = load_card(path)
     if (found := sha256(path)) != card['sha256']:
-        raise ValueError(f'{path}: sha256 {found} is not the {card["sha256"]} of its card: the file is damaged or was replaced. Restore it with git.')
+        raise ValueError(
+            f'{path}: sha256 {found} is not the {card["sha256"]} of its card: the file is damaged or was replaced. Restore it with git.'
+        )
     net = ARCHITECTURES[card['architecture']](**card['config'])
     net.load_state_dict(load_file(path), strict=True)
     return net.eval().requires_grad_(False).to(device)
 
 # %% ../nbs/models/01_models.ipynb #092d8076
-MIXTURE_STD = 0.15 # of every component, on images in [-1, 1]
+MIXTURE_STD = 0.15  # of every component, on images in [-1, 1]
+
 
 def fashion_mixture() -> GaussianMixture:
     "The exact velocity for a mixture centred on 2,000 Fashion-MNIST images (28 x 28, ten classes), linear path."
     data = np.load(data_file('fashion_mixture.npz'))
-    return GaussianMixture(torch.from_numpy(data['images']).float() / 127.5 - 1, MIXTURE_STD, torch.from_numpy(data['labels']))
+    return GaussianMixture(
+        torch.from_numpy(data['images']).float() / 127.5 - 1,
+        MIXTURE_STD,
+        torch.from_numpy(data['labels']),
+    )
+
 
 def list_models() -> list[str]:
     "Names that `load_model` knows."
-    return ['fashion-mixture', *sorted(p.stem for p in data_root().glob('*.json') if p.with_suffix('.safetensors').exists())]
+    return [
+        'fashion-mixture',
+        *sorted(
+            p.stem for p in data_root().glob('*.json') if p.with_suffix('.safetensors').exists()
+        ),
+    ]
+
 
 def model_architecture(
-    name: str, # a name of `list_models()`, a key of CHECKPOINTS, or NAME.safetensors with its card beside it
-) -> str: # a key of ARCHITECTURES, or 'GaussianMixture'
+    name: str,  # a name of `list_models()`, a key of CHECKPOINTS, or NAME.safetensors with its card beside it
+) -> str:  # a key of ARCHITECTURES, or 'GaussianMixture'
     "What kind of network a model is, without loading its weights; a ValueError lists the names known."
-    if name in CHECKPOINTS: return CHECKPOINTS[name].architecture
-    if str(name).endswith('.safetensors') and Path(name).with_suffix('.json').is_file(): return load_card(name)['architecture']
-    check_choice('model', name, [*list_models(), *CHECKPOINTS, 'FILE.safetensors with its card FILE.json'])
-    return 'GaussianMixture' if name == 'fashion-mixture' else load_card(data_root() / f'{name}.safetensors')['architecture']
+    if name in CHECKPOINTS:
+        return CHECKPOINTS[name].architecture
+    if str(name).endswith('.safetensors') and Path(name).with_suffix('.json').is_file():
+        return load_card(name)['architecture']
+    check_choice(
+        'model', name, [*list_models(), *CHECKPOINTS, 'FILE.safetensors with its card FILE.json']
+    )
+    return (
+        'GaussianMixture'
+        if name == 'fashion-mixture'
+        else load_card(data_root() / f'{name}.safetensors')['architecture']
+    )
+
 
 def model_path(name: str) -> NoisePath:
     "The path that a model lives on, without loading its weights."
-    return ARCHITECTURES[found].path if (found := model_architecture(name)) in ARCHITECTURES else LinearPath()
+    return (
+        ARCHITECTURES[found].path
+        if (found := model_architecture(name)) in ARCHITECTURES
+        else LinearPath()
+    )
+
 
 def model_file(
-    name: str, # as in `model_architecture`
-    path: str | os.PathLike | None = None, # local file of an official checkpoint
+    name: str,  # as in `model_architecture`
+    path: str | os.PathLike | None = None,  # local file of an official checkpoint
 ) -> Path:
     "The file behind a model; fetched if it is an official checkpoint."
-    if name in CHECKPOINTS: return checkpoint_file(name, path)
-    if path: raise ValueError(f'path={str(path)!r} is for official checkpoints ({", ".join(CHECKPOINTS)}), not for {name!r}.')
+    if name in CHECKPOINTS:
+        return checkpoint_file(name, path)
+    if path:
+        raise ValueError(
+            f'path={str(path)!r} is for official checkpoints ({", ".join(CHECKPOINTS)}), not for {name!r}.'
+        )
     model_architecture(name)
-    if str(name).endswith('.safetensors'): return Path(name)
-    return data_root() / ('fashion_mixture.npz' if name == 'fashion-mixture' else f'{name}.safetensors')
+    if str(name).endswith('.safetensors'):
+        return Path(name)
+    return data_root() / (
+        'fashion_mixture.npz' if name == 'fashion-mixture' else f'{name}.safetensors'
+    )
+
 
 def load_model(
-    name: str, # a name of `list_models()`, a key of CHECKPOINTS, or NAME.safetensors with its card beside it
-    device: str | torch.device = 'cpu', # where to put it
-    path: str | os.PathLike | None = None, # local file of an official checkpoint; None = see `checkpoint_file`
-) -> nn.Module: # callable net(x [B, C, H, W], t, y [B]) with `sample_shape` and `num_classes`
+    name: str,  # a name of `list_models()`, a key of CHECKPOINTS, or NAME.safetensors with its card beside it
+    device: str | torch.device = 'cpu',  # where to put it
+    path: str
+    | os.PathLike
+    | None = None,  # local file of an official checkpoint; None = see `checkpoint_file`
+) -> nn.Module:  # callable net(x [B, C, H, W], t, y [B]) with `sample_shape` and `num_classes`
     "A model by name, with its weights, ready to sample; 'fashion-mixture' may be called without labels."
     file = model_file(name, path)
-    if name == 'fashion-mixture': return fashion_mixture().to(device)
-    if name not in CHECKPOINTS: return load_weights(file, device)
+    if name == 'fashion-mixture':
+        return fashion_mixture().to(device)
+    if name not in CHECKPOINTS:
+        return load_weights(file, device)
     c = CHECKPOINTS[name]
-    with torch.device('meta'): net = make_model(c.architecture, c.size, c.input_size)
+    with torch.device('meta'):
+        net = make_model(c.architecture, c.size, c.input_size)
     return load_checkpoint(net, file).to(device)
 
 # %% ../nbs/models/01_models.ipynb #7853e82c
 VAE_FILES = ('config.json', 'diffusion_pytorch_model.safetensors')
 
+
 def vae_folder(
-    source: str, # a folder with VAE_FILES, or the id of a Hugging Face repository
+    source: str,  # a folder with VAE_FILES, or the id of a Hugging Face repository
 ) -> Path:
     "Where the autoencoder lies: the folder given, one of its name in $NEURALSOLVER_CHECKPOINTS, or the cache of huggingface_hub."
     folder = os.environ.get(ASSET_FOLDER)
     for found in (Path(source), *([Path(folder) / source.split('/')[-1]] if folder else [])):
-        if all((found / f).is_file() for f in VAE_FILES): return found
-    try: return Path([_hub_file(source, f) for f in VAE_FILES][0]).parent
-    except Exception as e: # whatever the network says
-        raise FileNotFoundError(f'vae={source!r}: {", ".join(VAE_FILES)} are not there and could not be fetched from https://huggingface.co/{source} ({type(e).__name__}: {str(e)[:120]}). '
-                                f'Download them into a folder {source.split("/")[-1]!r} and give it, or put it into the folder named by ${ASSET_FOLDER}.') from e
+        if all((found / f).is_file() for f in VAE_FILES):
+            return found
+    try:
+        return Path([_hub_file(source, f) for f in VAE_FILES][0]).parent
+    except Exception as e:  # whatever the network says
+        raise FileNotFoundError(
+            f'vae={source!r}: {", ".join(VAE_FILES)} are not there and could not be fetched from https://huggingface.co/{source} ({type(e).__name__}: {str(e)[:120]}). '
+            f'Download them into a folder {source.split("/")[-1]!r} and give it, or put it into the folder named by ${ASSET_FOLDER}.'
+        ) from e
+
 
 def _hub_file(source, file):
     from huggingface_hub import hf_hub_download
+
     return hf_hub_download(source, file)
+
 
 class Autoencoder:
     "Latents to images in [-1, 1], by diffusers' AutoencoderKL."
+
     def __init__(
         self,
-        source: str = 'stabilityai/sd-vae-ft-ema', # folder or repository, see `vae_folder`
-        device: str | torch.device = 'cpu', # where to put it
-        scale: float = 0.18215, # latents are the encoder's mean times this
-        batch_size: int = 16, # images decoded at a time
-        autocast: torch.dtype | None = None, # dtype of its layers where autocast thinks it safe; None = float32
+        source: str = 'stabilityai/sd-vae-ft-ema',  # folder or repository, see `vae_folder`
+        device: str | torch.device = 'cpu',  # where to put it
+        scale: float = 0.18215,  # latents are the encoder's mean times this
+        batch_size: int = 16,  # images decoded at a time
+        autocast: torch.dtype
+        | None = None,  # dtype of its layers where autocast thinks it safe; None = float32
     ):
-        self.folder, self.scale, self.batch_size, self.autocast, self.device = vae_folder(source), scale, batch_size, autocast, torch.device(device)
+        self.folder, self.scale, self.batch_size, self.autocast, self.device = (
+            vae_folder(source),
+            scale,
+            batch_size,
+            autocast,
+            torch.device(device),
+        )
         import_torchvision()
-        try: from diffusers import AutoencoderKL
-        except ImportError as e: raise ImportError(f'the autoencoder needs diffusers ({e}): pip install "neuralsolver[diffusers]".') from e
-        self.net = AutoencoderKL.from_pretrained(self.folder, local_files_only=True).eval().requires_grad_(False).to(device)
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as e:
+            raise ImportError(
+                f'the autoencoder needs diffusers ({e}): pip install "neuralsolver[diffusers]".'
+            ) from e
+        self.net = (
+            AutoencoderKL.from_pretrained(self.folder, local_files_only=True)
+            .eval()
+            .requires_grad_(False)
+            .to(device)
+        )
 
     @torch.no_grad()
     def decode(
         self,
-        latents: Tensor, # [B, 4, H, W]
-    ) -> Tensor: # float32 [B, 3, 8 H, 8 W], about in [-1, 1]
+        latents: Tensor,  # [B, 4, H, W]
+    ) -> Tensor:  # float32 [B, 3, 8 H, 8 W], about in [-1, 1]
         "Pictures of latents."
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return torch.cat([self.net.decode(z.float() / self.scale).sample.float() for z in latents.split(self.batch_size)])
+            return torch.cat(
+                [
+                    self.net.decode(z.float() / self.scale).sample.float()
+                    for z in latents.split(self.batch_size)
+                ]
+            )

@@ -15,89 +15,166 @@ from typing import Callable
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from .exponential import ddim, deis, dpm_solver, dpm_solver_pp, GRIDS, ipndm, ipndm_v, unipc
+from neuralsolver.exponential import (
+    ddim,
+    deis,
+    dpm_solver,
+    dpm_solver_pp,
+    GRIDS,
+    ipndm,
+    ipndm_v,
+    unipc,
+)
 from .paths import LinearPath, NoisePath, PATHS, VPPath
-from .solvers import (change_path, COORDINATES, Solver, adam2, adam4, adams_bashforth, euler, heun, midpoint, rk4, sample,
-                                  save_solver, uniform_grid)
+from neuralsolver.solvers import (
+    change_path,
+    COORDINATES,
+    Solver,
+    adam2,
+    adam4,
+    adams_bashforth,
+    euler,
+    heun,
+    midpoint,
+    rk4,
+    sample,
+    save_solver,
+    uniform_grid,
+)
 from .utils import check_choice, check_int, data_file, data_root
 
 # %% ../nbs/method/07_neural.ipynb #75be929d
 def neural_solver(
-    timedeltas: Tensor, # positive fractions of the time range [N], in the order of sampling; they sum to 1 (published ones: to 4 digits)
-    coefficients: Tensor, # c_i^j, strictly lower triangular [N, N]; the diagonal is filled with 1 - row sum
-    coordinates: str = 'velocity', # what the field predicts
-    path: NoisePath = LinearPath(), # where the times live
-    t_start: float | None = None, # first evaluation time; None = the path's noise
-    scale: Tensor | None = None, # 1 + d, factor of every row of weights [N]; None = 1
-    gain_scale: Tensor | None = None, # 1 + g, factor of every gain of the coordinates [N]; None = 1
-    **kwargs, # name, params, provenance of the Solver
-) -> Solver: # with `gains` if one of the two factors is given
+    timedeltas: Tensor,  # positive fractions of the time range [N], in the order of sampling; they sum to 1 (published ones: to 4 digits)
+    coefficients: Tensor,  # c_i^j, strictly lower triangular [N, N]; the diagonal is filled with 1 - row sum
+    coordinates: str = 'velocity',  # what the field predicts
+    path: NoisePath = LinearPath(),  # where the times live
+    t_start: float | None = None,  # first evaluation time; None = the path's noise
+    scale: Tensor | None = None,  # 1 + d, factor of every row of weights [N]; None = 1
+    gain_scale: Tensor
+    | None = None,  # 1 + g, factor of every gain of the coordinates [N]; None = 1
+    **kwargs,  # name, params, provenance of the Solver
+) -> Solver:  # with `gains` if one of the two factors is given
     "The step form of eq. 16 (velocity) or eq. 19 (data): nodes from the time deltas, weights span_i M_ij. Differentiable in all."
     dt, c = (torch.as_tensor(v, dtype=torch.float64) for v in (timedeltas, coefficients))
     if dt.ndim != 1 or c.shape != (len(dt), len(dt)) or c.detach().triu().any():
-        raise ValueError(f'timedeltas [N] and strictly lower-triangular coefficients [N, N] are needed; got {list(dt.shape)} and {list(c.shape)}.')
+        raise ValueError(
+            f'timedeltas [N] and strictly lower-triangular coefficients [N, N] are needed; got {list(dt.shape)} and {list(c.shape)}.'
+        )
     check_choice('coordinates', coordinates, COORDINATES)
-    if not (dt > 0).all(): raise ValueError(f'timedeltas must be positive; got {dt.tolist()}.')
+    if not (dt > 0).all():
+        raise ValueError(f'timedeltas must be positive; got {dt.tolist()}.')
     start = path.t_noise if t_start is None else t_start
     direction = 1 if path.t_data > path.t_noise else -1
     nodes = torch.cat([dt.new_tensor([start]), start + direction * dt.cumsum(0)])
     nodes = path.clamp(nodes)
     span = COORDINATES[coordinates].span(path, nodes[:-1], nodes[1:])
     M = c + torch.diag(1 - c.sum(1))
-    if scale is None and gain_scale is None: return Solver(nodes, span[:, None] * M, coordinates=coordinates, path=path, **kwargs)
-    scale, gain_scale = (torch.ones_like(dt) if v is None else torch.as_tensor(v, dtype=torch.float64) for v in (scale, gain_scale))
+    if scale is None and gain_scale is None:
+        return Solver(nodes, span[:, None] * M, coordinates=coordinates, path=path, **kwargs)
+    scale, gain_scale = (
+        torch.ones_like(dt) if v is None else torch.as_tensor(v, dtype=torch.float64)
+        for v in (scale, gain_scale)
+    )
     for key, v in (('scale', scale), ('gain_scale', gain_scale)):
-        if v.shape != dt.shape: raise ValueError(f'{key} must hold one factor a step, [{len(dt)}]; got {list(v.shape)}.')
+        if v.shape != dt.shape:
+            raise ValueError(
+                f'{key} must hold one factor a step, [{len(dt)}]; got {list(v.shape)}.'
+            )
     unit = COORDINATES[coordinates].scale(path, nodes)
-    return Solver(nodes, (span * scale)[:, None] * M, coordinates=coordinates, path=path, gains=unit[1:] / unit[:-1] * gain_scale, **kwargs)
+    return Solver(
+        nodes,
+        (span * scale)[:, None] * M,
+        coordinates=coordinates,
+        path=path,
+        gains=unit[1:] / unit[:-1] * gain_scale,
+        **kwargs,
+    )
 
 # %% ../nbs/method/07_neural.ipynb #af0bb025
-FAMILIES = { # which parameters are free, by name of the family
-    'consistent': ('r', 'c'), # the paper's
-    'times': ('r',), 'coefficients': ('c',), # half of it
-    'scaled': ('r', 'c', 'd'), # row sums are free
-    'non-stationary': ('r', 'c', 'd', 'g'), # row sums and gains are free (arXiv 2403.01329)
+FAMILIES = {  # which parameters are free, by name of the family
+    'consistent': ('r', 'c'),  # the paper's
+    'times': ('r',),
+    'coefficients': ('c',),  # half of it
+    'scaled': ('r', 'c', 'd'),  # row sums are free
+    'non-stationary': ('r', 'c', 'd', 'g'),  # row sums and gains are free (arXiv 2403.01329)
 }
+
 
 class NeuralSolver(nn.Module):
     "The search space of Algorithm 1: raw times r and free coefficients c; call it for the `Solver` they stand for. Larger and smaller spaces by `family` and `order`."
+
     def __init__(
         self,
-        steps: int, # number of steps N >= 1 = evaluations
-        two_step_tail: bool | None = None, # last two rows use two evaluations only; None = the paper's rule, N <= 6 (not with `init`)
-        init: Solver | None = None, # solver to start from, one evaluation a step; None = Euler on uniform times
-        family: str = 'consistent', # what is free, a key of FAMILIES; the rest stays as it starts
-        order: int | None = None, # at most so many evaluations, the latest ones, in a step; None = all
+        steps: int,  # number of steps N >= 1 = evaluations
+        two_step_tail: bool
+        | None = None,  # last two rows use two evaluations only; None = the paper's rule, N <= 6 (not with `init`)
+        init: Solver
+        | None = None,  # solver to start from, one evaluation a step; None = Euler on uniform times
+        family: str = 'consistent',  # what is free, a key of FAMILIES; the rest stays as it starts
+        order: int
+        | None = None,  # at most so many evaluations, the latest ones, in a step; None = all
     ):
         super().__init__()
-        self.steps, self.family = check_int('steps', steps), check_choice('family', family, FAMILIES)
+        self.steps, self.family = (
+            check_int('steps', steps),
+            check_choice('family', family, FAMILIES),
+        )
         self.order = order if order is None else check_int('order', order)
-        self.two_step_tail = tail = steps <= 6 and init is None if two_step_tail is None else two_step_tail
-        free = [(i, j) for i in range(steps) for j in range(i) if (not tail or i < steps - 2 or j == i - 1) and (order is None or j > i - order)]
+        self.two_step_tail = tail = (
+            steps <= 6 and init is None if two_step_tail is None else two_step_tail
+        )
+        free = [
+            (i, j)
+            for i in range(steps)
+            for j in range(i)
+            if (not tail or i < steps - 2 or j == i - 1) and (order is None or j > i - order)
+        ]
         self.rows, self.columns = [i for i, _ in free], [j for _, j in free]
         for name, size in (('r', steps), ('c', len(free)), ('d', steps), ('g', steps)):
             moves, start = name in FAMILIES[family], torch.ones if name == 'r' else torch.zeros
-            self.register_parameter(name, nn.Parameter(start(size, dtype=torch.float64), requires_grad=moves) if moves or name in 'rc' else None)
-        if init is not None: self._start_from(init)
+            self.register_parameter(
+                name,
+                nn.Parameter(start(size, dtype=torch.float64), requires_grad=moves)
+                if moves or name in 'rc'
+                else None,
+            )
+        if init is not None:
+            self._start_from(init)
 
     @property
-    def timedeltas(self) -> Tensor: "softmax(r) [N]."; return self.r.softmax(0)
+    def timedeltas(self) -> Tensor:
+        "softmax(r) [N]."
+        return self.r.softmax(0)
 
     @property
     def coefficients(self) -> Tensor:
         "c_i^j as a strictly lower-triangular matrix [N, N]."
-        return torch.zeros(self.steps, self.steps, dtype=self.c.dtype).index_put((torch.tensor(self.rows, dtype=torch.long), torch.tensor(self.columns, dtype=torch.long)), self.c)
+        return torch.zeros(self.steps, self.steps, dtype=self.c.dtype).index_put(
+            (
+                torch.tensor(self.rows, dtype=torch.long),
+                torch.tensor(self.columns, dtype=torch.long),
+            ),
+            self.c,
+        )
 
     @property
     def params(self) -> int:
         "How many numbers are searched, as the paper counts: N (N + 1) / 2 for 'consistent', masked entries and the softmax's redundancy included; with `order`, masked entries are not."
-        N = self.steps; size = dict(r=N, c=N * (N - 1) // 2 if self.order is None else len(self.rows), d=N, g=N)
+        N = self.steps
+        size = dict(r=N, c=N * (N - 1) // 2 if self.order is None else len(self.rows), d=N, g=N)
         return sum(size[name] for name in FAMILIES[self.family])
 
     def forward(self, **kwargs) -> Solver:
         "The solver at the present parameters, differentiable in them; `kwargs` as in `neural_solver`."
-        factors = {key: 1 + v for key, v in (('scale', self.d), ('gain_scale', self.g)) if v is not None}
-        return neural_solver(self.timedeltas, self.coefficients, **{'name': 'neural', 'params': self.params, **factors, **kwargs})
+        factors = {
+            key: 1 + v for key, v in (('scale', self.d), ('gain_scale', self.g)) if v is not None
+        }
+        return neural_solver(
+            self.timedeltas,
+            self.coefficients,
+            **{'name': 'neural', 'params': self.params, **factors, **kwargs},
+        )
 
 # %% ../nbs/method/07_neural.ipynb #26d37a5a
 @patch
@@ -105,44 +182,70 @@ class NeuralSolver(nn.Module):
 def _start_from(self: NeuralSolver, init: Solver):
     "The parameters that stand for another solver of this family; ValueError if none do."
     deltas, refuse = init.nodes.diff().abs(), lambda why: ValueError(f'init={init.name!r} {why}')
-    if init.nfe != self.steps or not (deltas > 0).all(): raise refuse(f'has {init.nfe} evaluations; give a solver with {self.steps}, one a step.')
-    deltas[-1] += 1 - deltas.sum() # times are fractions of a range of 1; what lies beyond the end of the path is clamped
-    if not deltas[-1] > 0: raise refuse('spans more than a time range of 1.')
+    if init.nfe != self.steps or not (deltas > 0).all():
+        raise refuse(f'has {init.nfe} evaluations; give a solver with {self.steps}, one a step.')
+    deltas[-1] += (
+        1 - deltas.sum()
+    )  # times are fractions of a range of 1; what lies beyond the end of the path is clamped
+    if not deltas[-1] > 0:
+        raise refuse('spans more than a time range of 1.')
     total = init.span if init.consistent else self._start_factors(init, refuse)
-    M = init.weights / total[:, None]; kept = torch.zeros_like(M); kept[self.rows, self.columns] = M[self.rows, self.columns]
+    M = init.weights / total[:, None]
+    kept = torch.zeros_like(M)
+    kept[self.rows, self.columns] = M[self.rows, self.columns]
     if not torch.allclose(kept, M.tril(-1)):
-        if self.order and not torch.allclose(M.triu(1 - self.order), M): raise refuse(f'uses more than {self.order} evaluations in a step: give order=None, or a larger one.')
+        if self.order and not torch.allclose(M.triu(1 - self.order), M):
+            raise refuse(
+                f'uses more than {self.order} evaluations in a step: give order=None, or a larger one.'
+            )
         raise refuse('uses more than two evaluations in its last steps: give two_step_tail=False.')
-    self.r.copy_(deltas.log()); self.c.copy_(M[self.rows, self.columns])
+    self.r.copy_(deltas.log())
+    self.c.copy_(M[self.rows, self.columns])
+
 
 @patch
-def _start_factors(self: NeuralSolver, init: Solver, refuse: Callable) -> Tensor: # row sums [N]
+def _start_factors(self: NeuralSolver, init: Solver, refuse: Callable) -> Tensor:  # row sums [N]
     "Sets d, and g, by a solver with gains of its own."
-    unit = init.scale; ratio, sums = init.gains / (unit[1:] / unit[:-1]), init.weights.sum(1)
-    if self.d is None: raise refuse(f"has gains and row sums of its own, which family={self.family!r} does not have: give family='non-stationary'.")
-    if self.g is None and not torch.allclose(ratio, torch.ones_like(ratio)): raise refuse("has gains of its own: give family='non-stationary'.")
-    if not (sums.abs() > 1e-9 * init.weights.abs().sum(1)).all(): raise refuse(f'has a row of weights that sums to 0, {sums.tolist()}: coefficients are fractions of the row sum, so it has none.')
+    unit = init.scale
+    ratio, sums = init.gains / (unit[1:] / unit[:-1]), init.weights.sum(1)
+    if self.d is None:
+        raise refuse(
+            f"has gains and row sums of its own, which family={self.family!r} does not have: give family='non-stationary'."
+        )
+    if self.g is None and not torch.allclose(ratio, torch.ones_like(ratio)):
+        raise refuse("has gains of its own: give family='non-stationary'.")
+    if not (sums.abs() > 1e-9 * init.weights.abs().sum(1)).all():
+        raise refuse(
+            f'has a row of weights that sums to 0, {sums.tolist()}: coefficients are fractions of the row sum, so it has none.'
+        )
     self.d.copy_(sums / init.span - 1)
-    if self.g is not None: self.g.copy_(ratio - 1)
+    if self.g is not None:
+        self.g.copy_(ratio - 1)
     return sums
 
 # %% ../nbs/method/07_neural.ipynb #6bbb09f1
 def error_bound(
-    solver: Solver, # velocity coordinates
-) -> tuple[float, float]: # (constant of Theorem 4.4, sharp constant)
+    solver: Solver,  # velocity coordinates
+) -> tuple[float, float]:  # (constant of Theorem 4.4, sharp constant)
     "How much an error eta in every evaluation can move the result, in units of eta: sum |W_ij| (Thm 4.4; times what later gains make of it), and the l1 norm of the last tableau row."
-    return (solver.growth.abs()[:, None] * solver.weights.abs()).sum().item(), solver.influence.abs().sum().item()
+    return (
+        solver.growth.abs()[:, None] * solver.weights.abs()
+    ).sum().item(), solver.influence.abs().sum().item()
 
 # %% ../nbs/method/07_neural.ipynb #e2a0ec63
 @cache
-def _published() -> dict: return json.loads(data_file('published_solvers.json').read_text())
+def _published() -> dict:
+    return json.loads(data_file('published_solvers.json').read_text())
+
 
 def _searched() -> dict[str, dict[int, Path]]:
     "Tables searched in this project: data/solvers/NAME-STEPS.json."
     tables = {}
     for path in (data_root() / 'solvers').glob('*.json'):
-        if m := re.fullmatch(r'(.+)-(\d+)', path.stem): tables.setdefault(m[1], {})[int(m[2])] = path
+        if m := re.fullmatch(r'(.+)-(\d+)', path.stem):
+            tables.setdefault(m[1], {})[int(m[2])] = path
     return tables
+
 
 def list_solvers() -> dict[str, list[int]]:
     "Names of the searched solvers and the step counts that have tables."
@@ -151,61 +254,117 @@ def list_solvers() -> dict[str, list[int]]:
 
 # %% ../nbs/method/07_neural.ipynb #ba80a186
 def _load_published(name: str, steps: int, rounded: bool) -> Solver:
-    table = _published()[name]; t = table['steps'][str(steps)]
+    table = _published()[name]
+    t = table['steps'][str(steps)]
     vp = table['path'] == 'vp'
-    provenance = {k: table[k] for k in ('source', 'searched_on')} | dict(paper='arXiv 2505.21114', rounded=rounded)
-    deltas = torch.tensor(t['timedeltas' if rounded else 'timedeltas_unrounded'], dtype=torch.float64)
-    return neural_solver(deltas if rounded else deltas / deltas.sum(), t['coeffs'], table['prediction'], PATHS[table['path']](),
-                         t_start=PATHS[table['path']]().t_start, name=name, params=steps * (steps + 1) // 2, provenance=provenance)
+    provenance = {k: table[k] for k in ('source', 'searched_on')} | dict(
+        paper='arXiv 2505.21114', rounded=rounded
+    )
+    deltas = torch.tensor(
+        t['timedeltas' if rounded else 'timedeltas_unrounded'], dtype=torch.float64
+    )
+    return neural_solver(
+        deltas if rounded else deltas / deltas.sum(),
+        t['coeffs'],
+        table['prediction'],
+        PATHS[table['path']](),
+        t_start=PATHS[table['path']]().t_start,
+        name=name,
+        params=steps * (steps + 1) // 2,
+        provenance=provenance,
+    )
+
 
 def load_solver(
-    name: str | os.PathLike, # a name of `list_solvers()`, or a JSON file written by `save_solver`
-    steps: int | None = None, # number of steps; not needed for a file
-    rounded: bool = True, # published tables: time deltas as printed (4 digits), or False: the recovered softmax values
+    name: str | os.PathLike,  # a name of `list_solvers()`, or a JSON file written by `save_solver`
+    steps: int | None = None,  # number of steps; not needed for a file
+    rounded: bool = True,  # published tables: time deltas as printed (4 digits), or False: the recovered softmax values
 ) -> Solver:
     "A searched solver. ValueError lists what there is when there is no such table; nothing is interpolated."
     if str(name).endswith('.json'):
-        try: solver = Solver.from_dict(json.loads(Path(name).read_text()))
-        except (OSError, ValueError) as e: raise ValueError(f'{name}: {e}') from e
-        if steps not in (None, solver.steps): raise ValueError(f'{name} has {solver.steps} steps, not steps={steps}.')
+        try:
+            solver = Solver.from_dict(json.loads(Path(name).read_text()))
+        except (OSError, ValueError) as e:
+            raise ValueError(f'{name}: {e}') from e
+        if steps not in (None, solver.steps):
+            raise ValueError(f'{name} has {solver.steps} steps, not steps={steps}.')
         return solver
-    tables = list_solvers(); check_choice('solver', name, tables)
+    tables = list_solvers()
+    check_choice('solver', name, tables)
     if steps not in tables[name] or isinstance(steps, bool):
-        raise ValueError(f'{name!r} has no table for steps={steps!r}. There are tables for steps = {", ".join(map(str, tables[name]))}.')
-    return _load_published(name, steps, rounded) if name in _published() else load_solver(str(_searched()[name][steps]), steps)
+        raise ValueError(
+            f'{name!r} has no table for steps={steps!r}. There are tables for steps = {", ".join(map(str, tables[name]))}.'
+        )
+    return (
+        _load_published(name, steps, rounded)
+        if name in _published()
+        else load_solver(str(_searched()[name][steps]), steps)
+    )
 
 # %% ../nbs/method/07_neural.ipynb #08cce86f
-CLASSICAL = { # on the linear path: name: (steps, grid=None) -> Solver; None = uniform
-    'euler': euler, 'midpoint': midpoint, 'heun': heun, 'rk4': rk4, 'adam2': adam2, 'adam4': adam4,
+CLASSICAL = {  # on the linear path: name: (steps, grid=None) -> Solver; None = uniform
+    'euler': euler,
+    'midpoint': midpoint,
+    'heun': heun,
+    'rk4': rk4,
+    'adam2': adam2,
+    'adam4': adam4,
     'ipndm': lambda steps, grid=None: ipndm(steps, spacing='time' if grid is None else grid),
-    **{f'ab{p}': (lambda steps, grid=None, p=p: adams_bashforth(steps, p, grid)) for p in (1, 2, 3, 4)},
-    'heun-nfe': lambda steps, grid=None: heun((check_int('steps', steps) + 1) // 2, grid, euler_end=steps % 2 == 1),
+    **{
+        f'ab{p}': (lambda steps, grid=None, p=p: adams_bashforth(steps, p, grid))
+        for p in (1, 2, 3, 4)
+    },
+    'heun-nfe': lambda steps, grid=None: heun(
+        (check_int('steps', steps) + 1) // 2, grid, euler_end=steps % 2 == 1
+    ),
 }
-EXPONENTIAL = { # on other paths: name: (function, its options); steps = evaluations
-    'ddim': (ddim, {}), 'dpm-solver-2': (dpm_solver, dict(order=2)), 'dpm-solver-3': (dpm_solver, dict(order=3)),
-    'dpm-solver++2m': (dpm_solver_pp, dict(order=2)), 'dpm-solver++3m': (dpm_solver_pp, dict(order=3)), 'dpm-solver++2s': (dpm_solver_pp, dict(singlestep=True)),
-    **{f'unipc-{p}{v}': (unipc, dict(order=p) | o) for p in (2, 3) for v, o in (('', {}), ('-bh1', dict(variant='bh1')))},
+EXPONENTIAL = {  # on other paths: name: (function, its options); steps = evaluations
+    'ddim': (ddim, {}),
+    'dpm-solver-2': (dpm_solver, dict(order=2)),
+    'dpm-solver-3': (dpm_solver, dict(order=3)),
+    'dpm-solver++2m': (dpm_solver_pp, dict(order=2)),
+    'dpm-solver++3m': (dpm_solver_pp, dict(order=3)),
+    'dpm-solver++2s': (dpm_solver_pp, dict(singlestep=True)),
+    **{
+        f'unipc-{p}{v}': (unipc, dict(order=p) | o)
+        for p in (2, 3)
+        for v, o in (('', {}), ('-bh1', dict(variant='bh1')))
+    },
     **{f'unip-{p}': (unipc, dict(order=p, corrector=False)) for p in (2, 3)},
-    **{f'deis-{p}': (deis, dict(order=p)) for p in (2, 3)}, 'ipndm': (ipndm, {}), 'ipndm-v': (ipndm_v, {}),
+    **{f'deis-{p}': (deis, dict(order=p)) for p in (2, 3)},
+    'ipndm': (ipndm, {}),
+    'ipndm-v': (ipndm_v, {}),
 }
+
 
 def classical_names(path: NoisePath = LinearPath()) -> list[str]:
     "Names of the classical solvers on a path that spend exactly `steps` evaluations, grids included: what a searched solver has to beat."
-    if path.coordinates == 'velocity': return ['euler', 'heun-nfe', 'ab2', 'ab3', 'ab4', 'ipndm']
+    if path.coordinates == 'velocity':
+        return ['euler', 'heun-nfe', 'ab2', 'ab3', 'ab4', 'ipndm']
     return [f'{name}@{grid}' for name in EXPONENTIAL for grid in GRIDS]
 
+
 def get_solver(
-    name: str, # a classical name, on paths other than the linear with '@' and a grid if wanted; a name of `list_solvers()`; or a JSON file
-    steps: int, # number of steps (for 'heun-nfe' and on paths other than the linear: of evaluations)
-    path: NoisePath = LinearPath(), # of the classical solvers
+    name: str,  # a classical name, on paths other than the linear with '@' and a grid if wanted; a name of `list_solvers()`; or a JSON file
+    steps: int,  # number of steps (for 'heun-nfe' and on paths other than the linear: of evaluations)
+    path: NoisePath = LinearPath(),  # of the classical solvers
 ) -> Solver:
     "A solver by name; ValueError lists the names, or the step counts that have a table."
     check_int('steps', steps)
     base, at, grid = str(name).partition('@')
-    if path.coordinates == 'velocity' and name in CLASSICAL: return CLASSICAL[name](steps)
+    if path.coordinates == 'velocity' and name in CLASSICAL:
+        return CLASSICAL[name](steps)
     if path.coordinates != 'velocity' and base in EXPONENTIAL:
         function, options = EXPONENTIAL[base]
         spacing = check_choice('grid', grid, GRIDS) if at else 'time'
-        return replace(function(steps, path=path, spacing=spacing, t_start=path.t_start, **options), name=str(name))
-    if not str(name).endswith('.json'): check_choice('solver', name, [*(CLASSICAL if path.coordinates == 'velocity' else EXPONENTIAL), *list_solvers()])
+        return replace(
+            function(steps, path=path, spacing=spacing, t_start=path.t_start, **options),
+            name=str(name),
+        )
+    if not str(name).endswith('.json'):
+        check_choice(
+            'solver',
+            name,
+            [*(CLASSICAL if path.coordinates == 'velocity' else EXPONENTIAL), *list_solvers()],
+        )
     return load_solver(name, steps)

@@ -19,12 +19,13 @@ from .utils import check_choice, check_float, check_int
 
 # %% ../nbs/method/02_paths.ipynb #c6f23176
 PREDICTIONS = ('velocity', 'data', 'noise', 'flow')
-T_START = 0.999 # first evaluation of the paper's VP solvers and of their teacher
+T_START = 0.999  # first evaluation of the paper's VP solvers and of their teacher
+
 
 def per_sample(
-    t: Tensor, # time, 0-d or [B]
-    x: Tensor, # state [B, ...]
-) -> Tensor: # t with as many trailing axes as x needs, in x's dtype
+    t: Tensor,  # time, 0-d or [B]
+    x: Tensor,  # state [B, ...]
+) -> Tensor:  # t with as many trailing axes as x needs, in x's dtype
     "Time shaped to broadcast against a batch of states."
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     return t if t.ndim == 0 else t.reshape(-1, *[1] * (x.ndim - 1))
@@ -33,23 +34,39 @@ def per_sample(
 @dataclass(frozen=True)
 class NoisePath(ABC):
     "An interpolation between noise and data, given by alpha(t), sigma(t) and their time derivatives."
-    t_noise = 0.0 # time of pure noise
-    t_data = 1.0 # time of clean data
-    coordinates = 'data' # the prediction that searched solvers and teachers integrate on this path
+
+    t_noise = 0.0  # time of pure noise
+    t_data = 1.0  # time of clean data
+    coordinates = 'data'  # the prediction that searched solvers and teachers integrate on this path
 
     @abstractmethod
-    def alpha(self, t: Tensor) -> Tensor: "Weight of the data."
-    @abstractmethod
-    def sigma(self, t: Tensor) -> Tensor: "Weight of the noise."
-    @abstractmethod
-    def alpha_dot(self, t: Tensor) -> Tensor: "Time derivative of alpha."
-    @abstractmethod
-    def sigma_dot(self, t: Tensor) -> Tensor: "Time derivative of sigma."
-    @abstractmethod
-    def time_of_log_snr(self, log_snr: Tensor) -> Tensor: "The inverse of `log_snr`."
+    def alpha(self, t: Tensor) -> Tensor:
+        "Weight of the data."
 
-    def log_snr(self, t: Tensor) -> Tensor: "log(alpha / sigma), half of log(alpha^2 / sigma^2): rises from noise to data, whatever the direction of t."; return self.alpha(t).log() - self.sigma(t).log()
-    def clamp(self, t: Tensor) -> Tensor: "The nearest time at which the path is defined."; return t
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        "Weight of the noise."
+
+    @abstractmethod
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        "Time derivative of alpha."
+
+    @abstractmethod
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        "Time derivative of sigma."
+
+    @abstractmethod
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        "The inverse of `log_snr`."
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        "log(alpha / sigma), half of log(alpha^2 / sigma^2): rises from noise to data, whatever the direction of t."
+        return self.alpha(t).log() - self.sigma(t).log()
+
+    def clamp(self, t: Tensor) -> Tensor:
+        "The nearest time at which the path is defined."
+        return t
+
     @property
     def t_start(self) -> float:
         "Where samplers start: pure noise, or t = 0.999 where noise is at t = 1, as the paper's code does."
@@ -63,18 +80,18 @@ class NoisePath(ABC):
 # %% ../nbs/method/02_paths.ipynb #648aeeeb
 @patch
 def interpolate(
-    self:NoisePath,
-    data: Tensor, # x_1 [B, ...]
-    noise: Tensor, # epsilon [B, ...]
-    t: Tensor, # 0-d or [B], in the path's time
-) -> Tensor: # x_t [B, ...]
+    self: NoisePath,
+    data: Tensor,  # x_1 [B, ...]
+    noise: Tensor,  # epsilon [B, ...]
+    t: Tensor,  # 0-d or [B], in the path's time
+) -> Tensor:  # x_t [B, ...]
     "The noisy state x_t = alpha x_1 + sigma epsilon."
     t = per_sample(t, data)
     return self.alpha(t) * data + self.sigma(t) * noise
 
 # %% ../nbs/method/02_paths.ipynb #89eb3912
 @patch
-def velocity(self:NoisePath, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def velocity(self: NoisePath, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     "The velocity v_t = alpha' x_1 + sigma' epsilon (eq. 5); arguments as in `interpolate`."
     t = per_sample(t, data)
     return self.alpha_dot(t) * data + self.sigma_dot(t) * noise
@@ -82,25 +99,36 @@ def velocity(self:NoisePath, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 # %% ../nbs/method/02_paths.ipynb #3746e0aa
 @patch
 def convert(
-    self:NoisePath,
-    x: Tensor, # state [B, ...]
-    t: Tensor, # 0-d or [B], in the path's time
-    prediction: Tensor, # what is known, shaped like x
-    source: str, # what `prediction` is, one of PREDICTIONS
-    target: str, # what is wanted, one of PREDICTIONS
-) -> Tensor: # the target quantity, shaped like x; infinite where the path makes it singular (alpha = 0 or sigma = 0)
+    self: NoisePath,
+    x: Tensor,  # state [B, ...]
+    t: Tensor,  # 0-d or [B], in the path's time
+    prediction: Tensor,  # what is known, shaped like x
+    source: str,  # what `prediction` is, one of PREDICTIONS
+    target: str,  # what is wanted, one of PREDICTIONS
+) -> Tensor:  # the target quantity, shaped like x; infinite where the path makes it singular (alpha = 0 or sigma = 0)
     "Convert one prediction into another at the same state and time."
-    check_choice('source', source, PREDICTIONS); check_choice('target', target, PREDICTIONS)
-    if source == target: return prediction
-    t = per_sample(t, x); a, s = self.alpha(t), self.sigma(t)
+    check_choice('source', source, PREDICTIONS)
+    check_choice('target', target, PREDICTIONS)
+    if source == target:
+        return prediction
+    t = per_sample(t, x)
+    a, s = self.alpha(t), self.sigma(t)
     rates = lambda kind: (self.alpha_dot(t), self.sigma_dot(t)) if kind == 'velocity' else (1, -1)
     if source in ('velocity', 'flow'):
-        da, ds = rates(source); det = a * ds - s * da
+        da, ds = rates(source)
+        det = a * ds - s * da
         data, noise = (ds * x - s * prediction) / det, (a * prediction - da * x) / det
     else:
         data = prediction if source == 'data' else (x - s * prediction) / a
-        noise = prediction if source == 'noise' else (x - a * prediction) / s if target != 'data' else None
-    if target in ('data', 'noise'): return data if target == 'data' else noise
+        noise = (
+            prediction
+            if source == 'noise'
+            else (x - a * prediction) / s
+            if target != 'data'
+            else None
+        )
+    if target in ('data', 'noise'):
+        return data if target == 'data' else noise
     da, ds = rates(target)
     return da * data + ds * noise
 
@@ -108,118 +136,209 @@ def convert(
 @dataclass(frozen=True)
 class LinearPath(NoisePath):
     "Rectified flow, x_t = t x_1 + (1 - t) epsilon: t = 0 noise, t = 1 data (eq. 5; Liu et al., arXiv 2209.03003)."
+
     coordinates = 'velocity'
 
-    def alpha(self, t: Tensor) -> Tensor: return t
-    def sigma(self, t: Tensor) -> Tensor: return 1 - t
-    def alpha_dot(self, t: Tensor) -> Tensor: return torch.ones_like(t)
-    def sigma_dot(self, t: Tensor) -> Tensor: return -torch.ones_like(t)
-    def time_of_log_snr(self, log_snr: Tensor) -> Tensor: return log_snr.sigmoid()
+    def alpha(self, t: Tensor) -> Tensor:
+        return t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return log_snr.sigmoid()
 
 # %% ../nbs/method/02_paths.ipynb #0d6f457f
 @dataclass(frozen=True)
 class ShiftedPath(LinearPath):
     "The linear path with shifted time, as SD3 and Flux sample it (arXiv 2403.03206): t = 0 noise, t = 1 data."
-    coordinates = 'data'
-    shift: float = 3.0 # s > 0; 1 = the linear path
 
-    def __post_init__(self): check_float('shift', self.shift, low=1e-6)
-    def _den(self, t: Tensor) -> Tensor: return 1 + (self.shift - 1) * (1 - t)
-    def alpha(self, t: Tensor) -> Tensor: return t / self._den(t)
-    def sigma(self, t: Tensor) -> Tensor: return self.shift * (1 - t) / self._den(t)
-    def alpha_dot(self, t: Tensor) -> Tensor: return self.shift / self._den(t) ** 2
-    def sigma_dot(self, t: Tensor) -> Tensor: return -self.alpha_dot(t)
-    def time_of_log_snr(self, log_snr: Tensor) -> Tensor: return (log_snr + math.log(self.shift)).sigmoid()
+    coordinates = 'data'
+    shift: float = 3.0  # s > 0; 1 = the linear path
+
+    def __post_init__(self):
+        check_float('shift', self.shift, low=1e-6)
+
+    def _den(self, t: Tensor) -> Tensor:
+        return 1 + (self.shift - 1) * (1 - t)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t / self._den(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.shift * (1 - t) / self._den(t)
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return self.shift / self._den(t) ** 2
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return -self.alpha_dot(t)
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return (log_snr + math.log(self.shift)).sigmoid()
 
 # %% ../nbs/method/02_paths.ipynb #ed131b49
 @dataclass(frozen=True)
 class _VariancePreserving(NoisePath):
     "Paths with alpha^2 + sigma^2 = 1, given by log alpha and its time derivative; t = 1 noise, t = 0 data."
+
     t_noise = 1.0
     t_data = 0.0
 
     @abstractmethod
-    def log_alpha(self, t: Tensor) -> Tensor: "log alpha."
+    def log_alpha(self, t: Tensor) -> Tensor:
+        "log alpha."
+
     @abstractmethod
-    def log_alpha_dot(self, t: Tensor) -> Tensor: "Its time derivative, -beta / 2."
-    def alpha(self, t: Tensor) -> Tensor: return self.log_alpha(t).exp()
-    def sigma(self, t: Tensor) -> Tensor: return (-torch.expm1(2 * self.log_alpha(t))).sqrt() # expm1: no cancellation at small t
-    def alpha_dot(self, t: Tensor) -> Tensor: return self.log_alpha_dot(t) * self.alpha(t)
-    def sigma_dot(self, t: Tensor) -> Tensor: return -self.log_alpha_dot(t) * self.alpha(t) ** 2 / self.sigma(t)
-    def time_of_log_snr(self, log_snr: Tensor) -> Tensor: return self.time_of_log_alpha(-torch.logaddexp(torch.zeros_like(log_snr), -2 * log_snr) / 2)
+    def log_alpha_dot(self, t: Tensor) -> Tensor:
+        "Its time derivative, -beta / 2."
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.log_alpha(t).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()  # expm1: no cancellation at small t
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return self.log_alpha_dot(t) * self.alpha(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return -self.log_alpha_dot(t) * self.alpha(t) ** 2 / self.sigma(t)
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return self.time_of_log_alpha(-torch.logaddexp(torch.zeros_like(log_snr), -2 * log_snr) / 2)
+
 
 @dataclass(frozen=True)
 class VPPath(_VariancePreserving):
     "Variance preserving, continuous linear beta: t = 1 noise, t = 0 data, clamped to [t_min, 1] (arXiv 2011.13456)."
-    beta_min: float = 0.1 # rate at t = 0
-    beta_max: float = 20.0 # rate at t = 1
-    t_min: float = 1e-3 # smallest time
+
+    beta_min: float = 0.1  # rate at t = 0
+    beta_max: float = 20.0  # rate at t = 1
+    t_min: float = 1e-3  # smallest time
 
     @property
-    def t_end(self) -> float: return self.t_min
-    def clamp(self, t: Tensor) -> Tensor: return t.clamp(self.t_min, 1)
-    def beta(self, t: Tensor) -> Tensor: return self.beta_min + (self.beta_max - self.beta_min) * self.clamp(t)
+    def t_end(self) -> float:
+        return self.t_min
+
+    def clamp(self, t: Tensor) -> Tensor:
+        return t.clamp(self.t_min, 1)
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + (self.beta_max - self.beta_min) * self.clamp(t)
+
     def log_alpha(self, t: Tensor) -> Tensor:
         t = self.clamp(t)
-        return -(self.beta_min * t + (self.beta_max - self.beta_min) * t ** 2 / 2) / 2
-    def log_alpha_dot(self, t: Tensor) -> Tensor: return -self.beta(t) / 2
+        return -(self.beta_min * t + (self.beta_max - self.beta_min) * t**2 / 2) / 2
+
+    def log_alpha_dot(self, t: Tensor) -> Tensor:
+        return -self.beta(t) / 2
+
     def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
         "The time at which log alpha has this value, clamped to the path."
-        integral = -2 * log_alpha # of beta: beta_min t + (beta_max - beta_min) t^2 / 2, solved without cancellation
-        return self.clamp(2 * integral / (self.beta_min + (self.beta_min ** 2 + 2 * (self.beta_max - self.beta_min) * integral).sqrt()))
+        integral = (
+            -2 * log_alpha
+        )  # of beta: beta_min t + (beta_max - beta_min) t^2 / 2, solved without cancellation
+        return self.clamp(
+            2
+            * integral
+            / (
+                self.beta_min
+                + (self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * integral).sqrt()
+            )
+        )
 
 # %% ../nbs/method/02_paths.ipynb #e831deba
 @lru_cache
 def ddpm_log_alpha(
-    schedule: str, # 'linear', 'scaled-linear' or 'cosine'
-    beta_start: float, # first beta (not used by 'cosine')
-    beta_end: float, # last beta (not used by 'cosine')
-    train_steps: int, # length T of the table
-) -> np.ndarray: # float64 [T + 1]: 0, then log sqrt(alphas_cumprod[i])
+    schedule: str,  # 'linear', 'scaled-linear' or 'cosine'
+    beta_start: float,  # first beta (not used by 'cosine')
+    beta_end: float,  # last beta (not used by 'cosine')
+    train_steps: int,  # length T of the table
+) -> np.ndarray:  # float64 [T + 1]: 0, then log sqrt(alphas_cumprod[i])
     "The knots of a DDPM table: log alpha at t = 0, 1 / T, ..., 1."
     if schedule == 'cosine':
-        f = np.cos((np.arange(train_steps + 1) / train_steps + .008) / 1.008 * np.pi / 2) ** 2
-        beta = np.minimum(1 - f[1:] / f[:-1], .999)
-    elif schedule == 'scaled-linear': beta = np.linspace(beta_start ** .5, beta_end ** .5, train_steps) ** 2
-    else: beta = np.linspace(beta_start, beta_end, train_steps)
-    return np.concatenate([[0.], np.log1p(-beta).cumsum() / 2])
+        f = np.cos((np.arange(train_steps + 1) / train_steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    elif schedule == 'scaled-linear':
+        beta = np.linspace(beta_start**0.5, beta_end**0.5, train_steps) ** 2
+    else:
+        beta = np.linspace(beta_start, beta_end, train_steps)
+    return np.concatenate([[0.0], np.log1p(-beta).cumsum() / 2])
+
 
 @dataclass(frozen=True)
 class DDPMPath(_VariancePreserving):
     "The discrete DDPM table as a continuous path: index i at t = (i + 1) / T, log alpha linear in between; t = 1 noise, t = 0 data."
-    schedule: str = 'linear' # 'linear', 'scaled-linear' (Stable Diffusion: 0.00085 to 0.012) or 'cosine'
-    beta_start: float = 1e-4 # first beta (not used by 'cosine')
-    beta_end: float = 0.02 # last beta (not used by 'cosine')
-    train_steps: int = 1000 # length T of the table
+
+    schedule: str = (
+        'linear'  # 'linear', 'scaled-linear' (Stable Diffusion: 0.00085 to 0.012) or 'cosine'
+    )
+    beta_start: float = 1e-4  # first beta (not used by 'cosine')
+    beta_end: float = 0.02  # last beta (not used by 'cosine')
+    train_steps: int = 1000  # length T of the table
 
     def __post_init__(self):
-        check_choice('schedule', self.schedule, ('linear', 'scaled-linear', 'cosine')); check_int('train_steps', self.train_steps, 2)
-        check_float('beta_start', self.beta_start, 1e-12, self.beta_end); check_float('beta_end', self.beta_end, 1e-12, .9999)
+        check_choice('schedule', self.schedule, ('linear', 'scaled-linear', 'cosine'))
+        check_int('train_steps', self.train_steps, 2)
+        check_float('beta_start', self.beta_start, 1e-12, self.beta_end)
+        check_float('beta_end', self.beta_end, 1e-12, 0.9999)
 
     @property
-    def t_end(self) -> float: return 1 / self.train_steps
-    def clamp(self, t: Tensor) -> Tensor: return t.clamp(0, 1)
-    def _knots(self, like: Tensor) -> Tensor: return torch.from_numpy(ddpm_log_alpha(self.schedule, self.beta_start, self.beta_end, self.train_steps)).to(like)
-    def _slope(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]: # position in the interval, value at its start, difference over it
+    def t_end(self) -> float:
+        return 1 / self.train_steps
+
+    def clamp(self, t: Tensor) -> Tensor:
+        return t.clamp(0, 1)
+
+    def _knots(self, like: Tensor) -> Tensor:
+        return torch.from_numpy(
+            ddpm_log_alpha(self.schedule, self.beta_start, self.beta_end, self.train_steps)
+        ).to(like)
+
+    def _slope(
+        self, t: Tensor
+    ) -> tuple[
+        Tensor, Tensor, Tensor
+    ]:  # position in the interval, value at its start, difference over it
         knots, position = self._knots(t), self.clamp(t) * self.train_steps
         i = position.detach().floor().long().clamp(max=self.train_steps - 1)
         return position - i, knots[i], knots[i + 1] - knots[i]
+
     def log_alpha(self, t: Tensor) -> Tensor:
         part, start, rise = self._slope(t)
         return start + part * rise
-    def log_alpha_dot(self, t: Tensor) -> Tensor: return self._slope(t)[2] * self.train_steps
+
+    def log_alpha_dot(self, t: Tensor) -> Tensor:
+        return self._slope(t)[2] * self.train_steps
+
     def time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
         "The time at which log alpha has this value, clamped to the path."
         knots = self._knots(log_alpha)
-        i = (torch.searchsorted(-knots, -log_alpha.detach().contiguous()) - 1).clamp(0, self.train_steps - 1)
-        return self.clamp((i + (log_alpha - knots[i]) / (knots[i + 1] - knots[i])) / self.train_steps)
+        i = (torch.searchsorted(-knots, -log_alpha.detach().contiguous()) - 1).clamp(
+            0, self.train_steps - 1
+        )
+        return self.clamp(
+            (i + (log_alpha - knots[i]) / (knots[i + 1] - knots[i])) / self.train_steps
+        )
+
 
 PATHS = {'linear': LinearPath, 'shifted': ShiftedPath, 'vp': VPPath, 'ddpm': DDPMPath}
 
 # %% ../nbs/method/02_paths.ipynb #570fa73e
-NETWORK_TIMES = { # rule: (path, t) -> what the network is told
-    't': lambda path, t: t, # the path's time (SiT, FlowDCN)
-    'alpha': lambda path, t: path.alpha(t), # a rectified-flow network, whatever the shift of the path
-    '1000t': lambda path, t: 1000 * t, # as the paper's code does for DiT
-    '1000t-1': lambda path, t: 1000 * t - 1, # DPM-Solver's convention: exact on the knots of a table of 1000 steps, and of no other
+NETWORK_TIMES = {  # rule: (path, t) -> what the network is told
+    't': lambda path, t: t,  # the path's time (SiT, FlowDCN)
+    'alpha': lambda path, t: path.alpha(
+        t
+    ),  # a rectified-flow network, whatever the shift of the path
+    '1000t': lambda path, t: 1000 * t,  # as the paper's code does for DiT
+    '1000t-1': lambda path, t: (
+        1000 * t - 1
+    ),  # DPM-Solver's convention: exact on the knots of a table of 1000 steps, and of no other
 }

@@ -13,155 +13,369 @@ import inspect
 from typing import Sequence
 import torch
 from torch import Tensor
-import neuralsolver.diffusers # first: it makes torchvision importable, which diffusers wants
+import neuralsolver.diffusers  # first: it makes torchvision importable, which diffusers wants
 from .data import CLASSES
-from .diffusers import denoiser, FlowNeuralSolverScheduler, is_flow, NeuralSolverScheduler, VPNeuralSolverScheduler
+from neuralsolver.diffusers import (
+    denoiser,
+    FlowNeuralSolverScheduler,
+    is_flow,
+    NeuralSolverScheduler,
+    VPNeuralSolverScheduler,
+)
 from .models import ARCHITECTURES, load_card, load_model
 from .paths import DDPMPath, VPPath
 from .utils import check_choice, check_int, data_root, indexed_noise
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin # diffusers reloads a pipeline's networks by this name
+from diffusers.models.modeling_utils import (
+    ModelMixin,
+)  # diffusers reloads a pipeline's networks by this name
 from diffusers.models.autoencoders.vae import DecoderOutput
 
 # %% ../nbs/diffusers/02_pipelines.ipynb #8fb7ec94
 class TinyTransformer(ModelMixin, ConfigMixin):
     "A trained model of this project behind the interface of a transformer of diffusers."
+
     @register_to_config
     def __init__(
         self,
-        model: str = 'dit-tiny', # a network of neuralsolver.models.list_models(), which gives the architecture; from_pretrained fills in the weights
-        sample_size: int = 28, # side of a picture
-        in_channels: int = 1, # channels of the state
-        out_channels: int = 1, # channels of the output
+        model: str = 'dit-tiny',  # a network of neuralsolver.models.list_models(), which gives the architecture; from_pretrained fills in the weights
+        sample_size: int = 28,  # side of a picture
+        in_channels: int = 1,  # channels of the state
+        out_channels: int = 1,  # channels of the output
     ):
         super().__init__()
         card = load_card(data_root() / f'{model}.safetensors')
-        self.net = ARCHITECTURES[card['architecture']](**card['config']); self.velocity = self.net.prediction == 'velocity'
+        self.net = ARCHITECTURES[card['architecture']](**card['config'])
+        self.velocity = self.net.prediction == 'velocity'
 
     def forward(
         self,
-        hidden_states: Tensor, # state [B, C, H, W]
-        timestep: Tensor, # [B]: index of the linear DDPM table, or 1000 sigma
-        class_labels: Tensor | None = None, # int64 [B]; everything beyond the classes is the null class
-        return_dict: bool = True, # as in diffusers
-    ) -> Transformer2DModelOutput | tuple: # noise, or noise minus data, [B, C, H, W]
+        hidden_states: Tensor,  # state [B, C, H, W]
+        timestep: Tensor,  # [B]: index of the linear DDPM table, or 1000 sigma
+        class_labels: Tensor
+        | None = None,  # int64 [B]; everything beyond the classes is the null class
+        return_dict: bool = True,  # as in diffusers
+    ) -> Transformer2DModelOutput | tuple:  # noise, or noise minus data, [B, C, H, W]
         "The prediction in diffusers' convention."
         y = class_labels.clamp(max=self.net.num_classes)
-        if self.velocity: out = -self.net(hidden_states, 1 - timestep.to(hidden_states) / 1000, y)
-        else: out = self.net(hidden_states, 1000 * VPPath().time_of_log_snr(DDPMPath().log_snr((timestep.float() + 1) / 1000)), y)
+        if self.velocity:
+            out = -self.net(hidden_states, 1 - timestep.to(hidden_states) / 1000, y)
+        else:
+            out = self.net(
+                hidden_states,
+                1000 * VPPath().time_of_log_snr(DDPMPath().log_snr((timestep.float() + 1) / 1000)),
+                y,
+            )
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
 
 class PixelVAE(ModelMixin, ConfigMixin):
     "The autoencoder of a model without latents."
+
     @register_to_config
-    def __init__(self, scaling_factor: float = 1.0): super().__init__(); self.register_buffer('empty', torch.zeros(1))
-    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple: return DecoderOutput(sample=z) if return_dict else (z,)
+    def __init__(self, scaling_factor: float = 1.0):
+        super().__init__()
+        self.register_buffer('empty', torch.zeros(1))
+
+    def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+        return DecoderOutput(sample=z) if return_dict else (z,)
+
 
 def trained_pipeline(name: str):
     "diffusers' DiTPipeline around 'sit-tiny' (flow) or 'dit-tiny' (DDPM)."
     from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
-    transformer = TinyTransformer(name).eval(); transformer.net.load_state_dict(load_model(name).state_dict())
-    flow = dict(prediction_type='flow_prediction', use_flow_sigmas=True) # FlowMatchEulerDiscreteScheduler lacks what this pipeline calls
-    scheduler = DPMSolverMultistepScheduler(**flow) if transformer.velocity else DDIMScheduler(clip_sample=False)
+
+    transformer = TinyTransformer(name).eval()
+    transformer.net.load_state_dict(load_model(name).state_dict())
+    flow = dict(
+        prediction_type='flow_prediction', use_flow_sigmas=True
+    )  # FlowMatchEulerDiscreteScheduler lacks what this pipeline calls
+    scheduler = (
+        DPMSolverMultistepScheduler(**flow)
+        if transformer.velocity
+        else DDIMScheduler(clip_sample=False)
+    )
     pipe = DiTPipeline(transformer, PixelVAE(), scheduler, id2label=dict(enumerate(CLASSES)))
-    pipe.register_to_config(id2label=dict(enumerate(CLASSES))) # the pipeline reads it on loading and does not write it
+    pipe.register_to_config(
+        id2label=dict(enumerate(CLASSES))
+    )  # the pipeline reads it on loading and does not write it
     return pipe
 
 # %% ../nbs/diffusers/02_pipelines.ipynb #23499561
 def _dit():
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-    net = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2,
-                                attention_bias=True, activation_fn='gelu-approximate', num_embeds_ada_norm=1000, norm_type='ada_norm_zero', norm_elementwise_affine=False)
-    return DiTPipeline(net, AutoencoderKL(block_out_channels=(8,), norm_num_groups=8), DDIMScheduler(clip_sample=False))
+
+    net = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        attention_bias=True,
+        activation_fn='gelu-approximate',
+        num_embeds_ada_norm=1000,
+        norm_type='ada_norm_zero',
+        norm_elementwise_affine=False,
+    )
+    return DiTPipeline(
+        net,
+        AutoencoderKL(block_out_channels=(8,), norm_num_groups=8),
+        DDIMScheduler(clip_sample=False),
+    )
+
 
 def _pixart_sigma():
-    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-    net = PixArtTransformer2DModel(num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2,
-                                   caption_channels=32, cross_attention_dim=24, norm_type='ada_norm_single')
-    return PixArtSigmaPipeline(None, None, AutoencoderKL(block_out_channels=(8,), norm_num_groups=8), net, DPMSolverMultistepScheduler())
+    from diffusers import (
+        AutoencoderKL,
+        DPMSolverMultistepScheduler,
+        PixArtSigmaPipeline,
+        PixArtTransformer2DModel,
+    )
+
+    net = PixArtTransformer2DModel(
+        num_attention_heads=3,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        caption_channels=32,
+        cross_attention_dim=24,
+        norm_type='ada_norm_single',
+    )
+    return PixArtSigmaPipeline(
+        None,
+        None,
+        AutoencoderKL(block_out_channels=(8,), norm_num_groups=8),
+        net,
+        DPMSolverMultistepScheduler(),
+    )
+
 
 def _sana():
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
-    net = SanaTransformer2DModel(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=4, num_layers=1, num_cross_attention_heads=2,
-                                 cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8, sample_size=8, patch_size=1)
-    blocks, sides = ('ResBlock', 'EfficientViTBlock'), dict(latent_channels=4, attention_head_dim=2, downsample_block_type='conv', upsample_block_type='interpolate')
-    vae = AutoencoderDC(**sides, **{f'{side}_{key}': value for side in ('encoder', 'decoder') for key, value in dict(
-        block_types=blocks, block_out_channels=(8, 8), qkv_multiscales=((), (5,)), layers_per_block=(1, 1)).items()})
-    return SanaPipeline(None, None, vae, net, DPMSolverMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.0))
+    from diffusers import (
+        AutoencoderDC,
+        DPMSolverMultistepScheduler,
+        SanaPipeline,
+        SanaTransformer2DModel,
+    )
+
+    net = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=8,
+        patch_size=1,
+    )
+    blocks, sides = (
+        ('ResBlock', 'EfficientViTBlock'),
+        dict(
+            latent_channels=4,
+            attention_head_dim=2,
+            downsample_block_type='conv',
+            upsample_block_type='interpolate',
+        ),
+    )
+    vae = AutoencoderDC(
+        **sides,
+        **{
+            f'{side}_{key}': value
+            for side in ('encoder', 'decoder')
+            for key, value in dict(
+                block_types=blocks,
+                block_out_channels=(8, 8),
+                qkv_multiscales=((), (5,)),
+                layers_per_block=(1, 1),
+            ).items()
+        },
+    )
+    return SanaPipeline(
+        None,
+        None,
+        vae,
+        net,
+        DPMSolverMultistepScheduler(
+            prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
 
 def _sd3():
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    net = SD3Transformer2DModel(sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=4,
-                                caption_projection_dim=32, joint_attention_dim=32, pooled_projection_dim=64)
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=8, use_quant_conv=False, use_post_quant_conv=False, shift_factor=.0609, scaling_factor=1.5305)
-    return StableDiffusion3Pipeline(net, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *[None] * 6)
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    net = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8,),
+        norm_num_groups=8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0609,
+        scaling_factor=1.5305,
+    )
+    return StableDiffusion3Pipeline(
+        net, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *[None] * 6
+    )
+
 
 def _flux():
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    net = FluxTransformer2DModel(patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-                                 joint_attention_dim=32, pooled_projection_dim=64, axes_dims_rope=(4, 4, 8), guidance_embeds=True)
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=8, use_quant_conv=False, use_post_quant_conv=False, shift_factor=.1159, scaling_factor=.3611)
-    return FluxPipeline(FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae, None, None, None, None, net)
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        FluxPipeline,
+        FluxTransformer2DModel,
+    )
 
-RANDOM = {'random-dit': _dit, 'random-pixart-sigma': _pixart_sigma, 'random-sana': _sana, 'random-sd3': _sd3, 'random-flux': _flux}
+    net = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8,),
+        norm_num_groups=8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1159,
+        scaling_factor=0.3611,
+    )
+    return FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae,
+        None,
+        None,
+        None,
+        None,
+        net,
+    )
+
+
+RANDOM = {
+    'random-dit': _dit,
+    'random-pixart-sigma': _pixart_sigma,
+    'random-sana': _sana,
+    'random-sd3': _sd3,
+    'random-flux': _flux,
+}
 TRAINED = ('dit-tiny', 'sit-tiny')
 
 # %% ../nbs/diffusers/02_pipelines.ipynb #927e8dfd
 def load_pipeline(
-    name: str, # a key of RANDOM, a name of TRAINED, a folder, or the id of a repository on the Hugging Face hub
-    device: str = 'cpu', # 'cpu', 'cuda'; 'offload': CUDA, with the parts of the pipeline on the CPU until they are used
-    dtype: str = 'float32', # 'float32', 'bfloat16' or 'float16'
-    seed: int = 0, # of the random weights
-    download: bool = False, # may files be fetched from the hub? False: local ones only
+    name: str,  # a key of RANDOM, a name of TRAINED, a folder, or the id of a repository on the Hugging Face hub
+    device: str = 'cpu',  # 'cpu', 'cuda'; 'offload': CUDA, with the parts of the pipeline on the CPU until they are used
+    dtype: str = 'float32',  # 'float32', 'bfloat16' or 'float16'
+    seed: int = 0,  # of the random weights
+    download: bool = False,  # may files be fetched from the hub? False: local ones only
 ):
     "A pipeline by name, without progress bar."
     check_choice('device', device, ('cpu', 'cuda', 'offload'))
-    if device != 'cpu' and not torch.cuda.is_available(): raise ValueError(f'device={device!r} is not allowed: torch sees no CUDA device here.')
+    if device != 'cpu' and not torch.cuda.is_available():
+        raise ValueError(f'device={device!r} is not allowed: torch sees no CUDA device here.')
     kind = getattr(torch, check_choice('dtype', dtype, ('float32', 'bfloat16', 'float16')))
     if name in RANDOM:
-        with torch.random.fork_rng(): torch.manual_seed(seed); pipe = RANDOM[name]()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            pipe = RANDOM[name]()
         for part in pipe.components.values():
-            if isinstance(part, torch.nn.Module): part.eval() # as from_pretrained does: DiT drops labels in training mode
-    elif name in TRAINED: pipe = trained_pipeline(name)
+            if isinstance(part, torch.nn.Module):
+                part.eval()  # as from_pretrained does: DiT drops labels in training mode
+    elif name in TRAINED:
+        pipe = trained_pipeline(name)
     else:
         from diffusers import DiffusionPipeline
+
         index = Path(name) / 'model_index.json'
-        absent = {k: None for k, v in json.loads(index.read_text()).items() if v == [None, None]} if index.exists() else {} # saved without text encoder
-        try: pipe = DiffusionPipeline.from_pretrained(name, dtype=kind, local_files_only=not download, **absent)
+        absent = (
+            {k: None for k, v in json.loads(index.read_text()).items() if v == [None, None]}
+            if index.exists()
+            else {}
+        )  # saved without text encoder
+        try:
+            pipe = DiffusionPipeline.from_pretrained(
+                name, dtype=kind, local_files_only=not download, **absent
+            )
         except (OSError, ValueError) as e:
             hint = '' if download else ' Nothing is fetched unless you allow it: download=True.'
-            raise ValueError(f'pipeline={name!r} is not a folder with a pipeline, not in the local cache, and none of {", ".join([*RANDOM, *TRAINED])}.{hint} ({e})') from e
-    if name in (*RANDOM, *TRAINED) and kind != torch.float32: pipe.to(dtype=kind)
+            raise ValueError(
+                f'pipeline={name!r} is not a folder with a pipeline, not in the local cache, and none of {", ".join([*RANDOM, *TRAINED])}.{hint} ({e})'
+            ) from e
+    if name in (*RANDOM, *TRAINED) and kind != torch.float32:
+        pipe.to(dtype=kind)
     pipe.set_progress_bar_config(disable=True)
-    if device == 'offload': pipe.enable_model_cpu_offload()
-    else: pipe.to(device)
+    if device == 'offload':
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.to(device)
     return pipe
 
+
 def scheduler_for(
-    pipe, # a pipeline of diffusers
-    solver, # as in the schedulers
-    **kwargs, # further arguments of the scheduler
+    pipe,  # a pipeline of diffusers
+    solver,  # as in the schedulers
+    **kwargs,  # further arguments of the scheduler
 ) -> NeuralSolverScheduler:
     "Our scheduler for the family of a pipeline, from its scheduler's config."
-    return (FlowNeuralSolverScheduler if is_flow(pipe.scheduler.config) else VPNeuralSolverScheduler).from_config(pipe.scheduler.config, solver=solver, **kwargs)
+    return (
+        FlowNeuralSolverScheduler if is_flow(pipe.scheduler.config) else VPNeuralSolverScheduler
+    ).from_config(pipe.scheduler.config, solver=solver, **kwargs)
 
 # %% ../nbs/diffusers/02_pipelines.ipynb #2a208ffd
 def generators(
-    indices: Sequence[int], # sample indices, 0 to a million
-    seed: int = 0, # 0 to 4293
+    indices: Sequence[int],  # sample indices, 0 to a million
+    seed: int = 0,  # 0 to 4293
 ) -> list[torch.Generator]:
     "One CPU generator per sample index; no two (seed, index) share one."
-    spacing = 1_000_003; check_int('seed', seed, 0, 2 ** 32 // spacing - 1) # torch looks at the lower 32 bits of a CPU generator's seed
-    return [torch.Generator().manual_seed(seed * spacing + check_int('index', i, 0, spacing - 1)) for i in indices]
+    spacing = 1_000_003
+    check_int(
+        'seed', seed, 0, 2**32 // spacing - 1
+    )  # torch looks at the lower 32 bits of a CPU generator's seed
+    return [
+        torch.Generator().manual_seed(seed * spacing + check_int('index', i, 0, spacing - 1))
+        for i in indices
+    ]
+
 
 def embedding(
-    prompt: str, # any text
-    shape: Sequence[int], # of the embedding
-    dtype: torch.dtype, # of the network
+    prompt: str,  # any text
+    shape: Sequence[int],  # of the embedding
+    dtype: torch.dtype,  # of the network
 ) -> Tensor:
     "What stands for a prompt where there is no text encoder: noise that belongs to its text."
-    return indexed_noise([int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], 'big')], shape)[0].to(dtype)
+    return indexed_noise(
+        [int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], 'big')], shape
+    )[0].to(dtype)
 
 # %% ../nbs/diffusers/02_pipelines.ipynb #418a0d5d
 def _class_labels(pipe, prompts: Sequence[str]) -> list[int]:
@@ -169,38 +383,84 @@ def _class_labels(pipe, prompts: Sequence[str]) -> list[int]:
     classes = getattr(denoiser(pipe).config, 'num_embeds_ada_norm', None) or len(pipe.labels)
     for p in prompts:
         if p not in pipe.labels and not (p.isascii() and p.isdigit() and int(p) < classes):
-            raise ValueError(f'prompts: {p!r} is no class of this pipeline. Give numbers below {classes}, or names such as {", ".join(list(pipe.labels)[:10]) or "(it has none)"}.')
+            raise ValueError(
+                f'prompts: {p!r} is no class of this pipeline. Give numbers below {classes}, or names such as {", ".join(list(pipe.labels)[:10]) or "(it has none)"}.'
+            )
     return [pipe.labels[p] if p in pipe.labels else int(p) for p in prompts]
+
 
 def _embeddings(pipe, prompts: Sequence[str]) -> dict:
     "What stands for prompts in the random pipelines."
-    kind, net = type(pipe).__name__, denoiser(pipe); nothing = [''] * len(prompts)
-    random = sum(p.numel() for p in net.parameters()) < 1e6 # a real network must not be given noise for a prompt
-    if not random or not (hasattr(net.config, 'joint_attention_dim') or kind.startswith(('PixArt', 'Sana'))): raise ValueError(f'this {kind} has no text encoder: load it with one.')
-    stack = lambda texts, *shape: torch.stack([embedding(t, shape, net.dtype) for t in texts]).to(net.device)
+    kind, net = type(pipe).__name__, denoiser(pipe)
+    nothing = [''] * len(prompts)
+    random = (
+        sum(p.numel() for p in net.parameters()) < 1e6
+    )  # a real network must not be given noise for a prompt
+    if not random or not (
+        hasattr(net.config, 'joint_attention_dim') or kind.startswith(('PixArt', 'Sana'))
+    ):
+        raise ValueError(f'this {kind} has no text encoder: load it with one.')
+    stack = lambda texts, *shape: torch.stack([embedding(t, shape, net.dtype) for t in texts]).to(
+        net.device
+    )
     if kind.startswith(('PixArt', 'Sana')):
-        masks = torch.ones(len(prompts), 7, device=net.device); shape = 7, net.config.caption_channels
-        return dict(prompt_embeds=stack(prompts, *shape), prompt_attention_mask=masks, negative_prompt=None, negative_prompt_embeds=stack(nothing, *shape), negative_prompt_attention_mask=masks)
-    shapes = {'prompt_embeds': (7, net.config.joint_attention_dim), 'pooled_prompt_embeds': (net.config.pooled_projection_dim,)}
+        masks = torch.ones(len(prompts), 7, device=net.device)
+        shape = 7, net.config.caption_channels
+        return dict(
+            prompt_embeds=stack(prompts, *shape),
+            prompt_attention_mask=masks,
+            negative_prompt=None,
+            negative_prompt_embeds=stack(nothing, *shape),
+            negative_prompt_attention_mask=masks,
+        )
+    shapes = {
+        'prompt_embeds': (7, net.config.joint_attention_dim),
+        'pooled_prompt_embeds': (net.config.pooled_projection_dim,),
+    }
     out = {name: stack(prompts, *shape) for name, shape in shapes.items()}
-    return out if kind == 'FluxPipeline' else out | {f'negative_{name}': stack(nothing, *shape) for name, shape in shapes.items()}
+    return (
+        out
+        if kind == 'FluxPipeline'
+        else out | {f'negative_{name}': stack(nothing, *shape) for name, shape in shapes.items()}
+    )
+
 
 def prompt_arguments(
-    pipe, # a pipeline of diffusers
-    prompts: Sequence[str], # one a sample; for class-conditional pipelines names or numbers of classes
-    guidance: float | None = None, # guidance scale; None = the pipeline's default
-    size: int | None = None, # height and width in pixels; None = the pipeline's default
-) -> dict: # arguments of `pipe(...)`
+    pipe,  # a pipeline of diffusers
+    prompts: Sequence[
+        str
+    ],  # one a sample; for class-conditional pipelines names or numbers of classes
+    guidance: float | None = None,  # guidance scale; None = the pipeline's default
+    size: int | None = None,  # height and width in pixels; None = the pipeline's default
+) -> dict:  # arguments of `pipe(...)`
     "How a pipeline is asked for these prompts."
-    accepts, encodes, out = inspect.signature(type(pipe).__call__).parameters, getattr(pipe, 'text_encoder', None) is not None, {}
+    accepts, encodes, out = (
+        inspect.signature(type(pipe).__call__).parameters,
+        getattr(pipe, 'text_encoder', None) is not None,
+        {},
+    )
     if guidance is not None:
         distilled = getattr(denoiser(pipe).config, 'guidance_embeds', None)
-        if 'true_cfg_scale' not in accepts or distilled: out['guidance_scale'] = guidance
-        elif type(pipe).__name__.startswith('Qwen'): out |= dict(true_cfg_scale=guidance, negative_prompt=[' '] * len(prompts))
-        else: raise ValueError(f'guidance={guidance} has no effect on this {type(pipe).__name__}, whose network takes none: give None (0 in the notebooks).')
+        if 'true_cfg_scale' not in accepts or distilled:
+            out['guidance_scale'] = guidance
+        elif type(pipe).__name__.startswith('Qwen'):
+            out |= dict(true_cfg_scale=guidance, negative_prompt=[' '] * len(prompts))
+        else:
+            raise ValueError(
+                f'guidance={guidance} has no effect on this {type(pipe).__name__}, whose network takes none: give None (0 in the notebooks).'
+            )
     if size is not None:
-        if 'height' not in accepts: raise ValueError(f'size={size} is not allowed: {type(pipe).__name__} makes pictures of one size.')
+        if 'height' not in accepts:
+            raise ValueError(
+                f'size={size} is not allowed: {type(pipe).__name__} makes pictures of one size.'
+            )
         out |= dict(height=size, width=size)
-    if 'use_resolution_binning' in accepts and (size is not None or not encodes): out['use_resolution_binning'] = False
-    if 'class_labels' in accepts: return out | dict(class_labels=_class_labels(pipe, prompts))
-    return out | dict(prompt=list(prompts)) if encodes else {'height': 32, 'width': 32} | out | _embeddings(pipe, prompts)
+    if 'use_resolution_binning' in accepts and (size is not None or not encodes):
+        out['use_resolution_binning'] = False
+    if 'class_labels' in accepts:
+        return out | dict(class_labels=_class_labels(pipe, prompts))
+    return (
+        out | dict(prompt=list(prompts))
+        if encodes
+        else {'height': 32, 'width': 32} | out | _embeddings(pipe, prompts)
+    )

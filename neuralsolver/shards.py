@@ -18,47 +18,60 @@ from .utils import atomic_path, check_int
 
 # %% ../nbs/measure/04_shards.ipynb #2f5e3800
 def shard_ranges(
-    samples: int, # rows in all
-    batch_size: int, # samples the network sees at a time
-    batches: int, # batches in a shard
-) -> list[tuple[int, int]]: # first row and row after the last, of every shard
+    samples: int,  # rows in all
+    batch_size: int,  # samples the network sees at a time
+    batches: int,  # batches in a shard
+) -> list[tuple[int, int]]:  # first row and row after the last, of every shard
     "Whole batches in every shard; the last may be shorter."
     size = check_int('batch_size', batch_size) * check_int('shard_batches', batches)
     return [(a, min(a + size, check_int('samples', samples))) for a in range(0, samples, size)]
 
+
 def batch_ranges(
-    start: int, # first row of a shard
-    stop: int, # row after its last
-    batch_size: int, # samples the network sees at a time
+    start: int,  # first row of a shard
+    stop: int,  # row after its last
+    batch_size: int,  # samples the network sees at a time
 ) -> list[tuple[int, int]]:
     "The batches of a shard."
     return [(a, min(a + batch_size, stop)) for a in range(start, stop, batch_size)]
 
 # %% ../nbs/measure/04_shards.ipynb #db28efac
 def digest(
-    protocol: Mapping, # JSON
-) -> str: # 16 hexadecimal digits
+    protocol: Mapping,  # JSON
+) -> str:  # 16 hexadecimal digits
     "Hash of a protocol; the order of its keys does not matter."
-    return hashlib.sha256(json.dumps(protocol, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps(protocol, sort_keys=True, allow_nan=False).encode()
+    ).hexdigest()[:16]
+
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
     "SHA-256 over names, types, shapes and bytes."
     h = hashlib.sha256()
     for name, value in sorted(tensors.items()):
-        h.update(f'{name} {value.dtype} {list(value.shape)}'.encode()); h.update(memoryview(value.contiguous().view(torch.uint8).numpy()) if value.numel() else b'')
+        h.update(f'{name} {value.dtype} {list(value.shape)}'.encode())
+        h.update(memoryview(value.contiguous().view(torch.uint8).numpy()) if value.numel() else b'')
     return h.hexdigest()
+
 
 class Shards:
     "The files of one protocol: tensors of `samples` rows, a range of rows in a file."
+
     def __init__(
         self,
-        folder: str | os.PathLike, # where the files are; made at the first write
-        protocol: Mapping, # all that changes a number, as JSON
-        ranges: Sequence[tuple[int, int]], # from `shard_ranges`
+        folder: str | os.PathLike,  # where the files are; made at the first write
+        protocol: Mapping,  # all that changes a number, as JSON
+        ranges: Sequence[tuple[int, int]],  # from `shard_ranges`
     ):
-        self.folder, self.protocol, self.ranges, self.digest = Path(folder), json.loads(json.dumps(protocol)), list(ranges), digest(protocol)
+        self.folder, self.protocol, self.ranges, self.digest = (
+            Path(folder),
+            json.loads(json.dumps(protocol)),
+            list(ranges),
+            digest(protocol),
+        )
 
-    def __len__(self) -> int: return self.ranges[-1][1]
+    def __len__(self) -> int:
+        return self.ranges[-1][1]
 
     def file(self, start: int, stop: int) -> Path:
         "Name of the file with these rows."
@@ -67,106 +80,155 @@ class Shards:
     def write(self, start: int, stop: int, tensors: Mapping[str, Tensor], **info):
         "Write one shard, atomically; `info` goes into its card."
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        card = dict(digest=self.digest, protocol=self.protocol, start=start, stop=stop, checksum=_checksum(tensors), info=info)
-        with atomic_path(self.file(start, stop)) as tmp: save_file(tensors, tmp, metadata={'card': json.dumps(card)})
+        card = dict(
+            digest=self.digest,
+            protocol=self.protocol,
+            start=start,
+            stop=stop,
+            checksum=_checksum(tensors),
+            info=info,
+        )
+        with atomic_path(self.file(start, stop)) as tmp:
+            save_file(tensors, tmp, metadata={'card': json.dumps(card)})
 
 # %% ../nbs/measure/04_shards.ipynb #bc65e2bb
 class DamagedShard(Exception):
     "A file that is cut, or whose contents do not fit their hash."
 
+
 def read_shard(
-    path: str | os.PathLike, # a file written by `Shards.write`
-) -> tuple[dict[str, Tensor], dict]: # tensors, card
+    path: str | os.PathLike,  # a file written by `Shards.write`
+) -> tuple[dict[str, Tensor], dict]:  # tensors, card
     "All of one shard; DamagedShard if a byte of it is wrong."
     try:
         with safe_open(path, 'pt') as f:
-            card = json.loads((f.metadata() or {})['card']); tensors = {k: f.get_tensor(k) for k in f.keys()}
+            card = json.loads((f.metadata() or {})['card'])
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
         sound = _checksum(tensors) == card['checksum']
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as e: raise DamagedShard(f'{path}: {type(e).__name__}: {e}') from e
-    if not sound: raise DamagedShard(f'{path}: its contents do not fit their hash.')
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as e:
+        raise DamagedShard(f'{path}: {type(e).__name__}: {e}') from e
+    if not sound:
+        raise DamagedShard(f'{path}: its contents do not fit their hash.')
     return tensors, card
 
+
 def differences(
-    a: Mapping, # a protocol
-    b: Mapping, # another
-) -> str: # 'guidance: 2 instead of 1.5, ...'
+    a: Mapping,  # a protocol
+    b: Mapping,  # another
+) -> str:  # 'guidance: 2 instead of 1.5, ...'
     "What differs between two protocols."
-    return ', '.join(f'{k}: {a.get(k)!r} instead of {b.get(k)!r}' for k in sorted({*a, *b}) if a.get(k) != b.get(k))
+    return ', '.join(
+        f'{k}: {a.get(k)!r} instead of {b.get(k)!r}'
+        for k in sorted({*a, *b})
+        if a.get(k) != b.get(k)
+    )
 
 # %% ../nbs/measure/04_shards.ipynb #6ae84f02
 from fastcore.basics import patch
 
-@patch
-def done(
-    self:Shards,
-    start: int, # first row
-    stop: int, # row after the last
-) -> bool: # False: missing, or damaged and to be made again
-    "Is this shard there and sound? A ValueError if it belongs to another protocol."
-    path = self.file(start, stop)
-    if not path.exists(): return False
-    try: _, card = read_shard(path)
-    except DamagedShard: return False
-    if card['digest'] != self.digest or (card['start'], card['stop']) != (start, stop):
-        said = differences(card['protocol'], self.protocol) or f"rows {card['start']} to {card['stop']}"
-        raise ValueError(f'{path} belongs to another run ({said}): move it away, or give another shards_dir.')
-    return True
 
 @patch
-def missing(self:Shards) -> list[tuple[int, int]]:
+def done(
+    self: Shards,
+    start: int,  # first row
+    stop: int,  # row after the last
+) -> bool:  # False: missing, or damaged and to be made again
+    "Is this shard there and sound? A ValueError if it belongs to another protocol."
+    path = self.file(start, stop)
+    if not path.exists():
+        return False
+    try:
+        _, card = read_shard(path)
+    except DamagedShard:
+        return False
+    if card['digest'] != self.digest or (card['start'], card['stop']) != (start, stop):
+        said = (
+            differences(card['protocol'], self.protocol)
+            or f'rows {card["start"]} to {card["stop"]}'
+        )
+        raise ValueError(
+            f'{path} belongs to another run ({said}): move it away, or give another shards_dir.'
+        )
+    return True
+
+
+@patch
+def missing(self: Shards) -> list[tuple[int, int]]:
     "Ranges that are still to be computed."
     return [r for r in self.ranges if not self.done(*r)]
 
+
 @patch
-def cards(self:Shards) -> Iterator[dict]:
+def cards(self: Shards) -> Iterator[dict]:
     "The `info` of every shard."
     for r in self.ranges:
-        with safe_open(self.file(*r), 'pt') as f: yield json.loads(f.metadata()['card'])['info']
+        with safe_open(self.file(*r), 'pt') as f:
+            yield json.loads(f.metadata()['card'])['info']
 
 # %% ../nbs/measure/04_shards.ipynb #6e3ff422
 class Rows:
     "One tensor of all shards, in the order of the samples: `len` and slices, read from the files."
+
     def __init__(
         self,
-        shards: Shards, # complete
-        name: str, # of the tensor
-    ): self.shards, self.name = shards, name
+        shards: Shards,  # complete
+        name: str,  # of the tensor
+    ):
+        self.shards, self.name = shards, name
 
-    def __len__(self) -> int: return len(self.shards)
+    def __len__(self) -> int:
+        return len(self.shards)
 
-    def __getitem__(self, rows: slice) -> Tensor: # [stop - start, ...]
+    def __getitem__(self, rows: slice) -> Tensor:  # [stop - start, ...]
         start, stop, step = rows.indices(len(self))
-        if step != 1: raise ValueError(f'rows are read one after the other: give a slice without a step, not {rows}.')
+        if step != 1:
+            raise ValueError(
+                f'rows are read one after the other: give a slice without a step, not {rows}.'
+            )
         parts = []
         for a, b in self.shards.ranges:
             if a < stop and b > start:
-                with safe_open(self.shards.file(a, b), 'pt') as f: parts.append(f.get_slice(self.name)[max(start - a, 0):min(stop, b) - a])
+                with safe_open(self.shards.file(a, b), 'pt') as f:
+                    parts.append(f.get_slice(self.name)[max(start - a, 0) : min(stop, b) - a])
         return torch.cat(parts) if parts else self[0:1][:0]
 
+
 @patch
-def rows(self:Shards, name: str) -> Rows:
+def rows(self: Shards, name: str) -> Rows:
     "The rows of one tensor."
     return Rows(self, name)
 
 # %% ../nbs/measure/04_shards.ipynb #5b180d2d
 def workers(
-    device: str, # 'cpu', 'cuda' or 'cuda:1'
-): # accelerate.PartialState: process_index, num_processes, device, wait_for_everyone()
+    device: str,  # 'cpu', 'cuda' or 'cuda:1'
+):  # accelerate.PartialState: process_index, num_processes, device, wait_for_everyone()
     "This process among those that `accelerate` started; one process without it."
     from datetime import timedelta
     from accelerate import PartialState
+
     kind, known = torch.device(device).type, PartialState._shared_state
-    if known and known['num_processes'] == 1 and known['device'].type != kind: PartialState._reset_state() # it remembers the first device of a session
-    state = PartialState(cpu=kind == 'cpu', timeout=timedelta(days=14)) # the last process may be a shard behind the first: hours
+    if known and known['num_processes'] == 1 and known['device'].type != kind:
+        PartialState._reset_state()  # it remembers the first device of a session
+    state = PartialState(
+        cpu=kind == 'cpu', timeout=timedelta(days=14)
+    )  # the last process may be a shard behind the first: hours
     if kind != state.device.type:
-        raise ValueError(f'device={device!r} is not allowed: the processes of accelerate were started for {state.device.type}.')
+        raise ValueError(
+            f'device={device!r} is not allowed: the processes of accelerate were started for {state.device.type}.'
+        )
     return state
 
+
 def remove_unfinished(
-    folder: str | os.PathLike, # of shards, with its folders
-    hours: float = 1., # age
-) -> int: # files removed
+    folder: str | os.PathLike,  # of shards, with its folders
+    hours: float = 1.0,  # age
+) -> int:  # files removed
     "Remove what killed processes left half written; younger files may belong to a run that lives."
-    old = [p for p in Path(folder).rglob('.[0-9]*-[0-9]*-*.safetensors') if time.time() - p.stat().st_mtime > 3600 * hours]
-    for p in old: p.unlink(missing_ok=True)
+    old = [
+        p
+        for p in Path(folder).rglob('.[0-9]*-[0-9]*-*.safetensors')
+        if time.time() - p.stat().st_mtime > 3600 * hours
+    ]
+    for p in old:
+        p.unlink(missing_ok=True)
     return len(old)

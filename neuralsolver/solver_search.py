@@ -23,7 +23,14 @@ from tqdm import tqdm
 from .closed_form import fit_rows, gits
 from .fields import field_on, path_of
 from .exponential import ddim
-from .neural import classical_names, FAMILIES, get_solver, list_solvers, load_solver, NeuralSolver
+from neuralsolver.neural import (
+    classical_names,
+    FAMILIES,
+    get_solver,
+    list_solvers,
+    load_solver,
+    NeuralSolver,
+)
 from .paths import LinearPath, NoisePath
 from .solvers import Solver, sample, uniform_grid
 from .teachers import Teacher, teacher_trajectories, trajectory_identity, what_differs
@@ -31,30 +38,40 @@ from .utils import atomic_path, check_choice, check_float, check_int
 
 # %% ../nbs/method/10_solver_search.ipynb #c04e4431
 def alignment_loss(
-    states: Tensor, # student trajectory [N + 1, B, ...]
-    teacher: Tensor, # teacher trajectory at uniform times [L + 1, B, ...]
-    nodes: Tensor, # student times [N + 1]
-    start: float = 0., # time of the teacher's first state
-    end: float = 1., # time of its last one
-    huber_weight: float = 1000., # weight of the end-point term
-    huber_delta: float = 1e-3, # its threshold
-) -> Tensor: # scalar
+    states: Tensor,  # student trajectory [N + 1, B, ...]
+    teacher: Tensor,  # teacher trajectory at uniform times [L + 1, B, ...]
+    nodes: Tensor,  # student times [N + 1]
+    start: float = 0.0,  # time of the teacher's first state
+    end: float = 1.0,  # time of its last one
+    huber_weight: float = 1000.0,  # weight of the end-point term
+    huber_delta: float = 1e-3,  # its threshold
+) -> Tensor:  # scalar
     "Sum of the N state MSEs plus the weighted Huber distance of the end points."
     L = len(teacher) - 1
-    index = ((nodes.detach()[1:] - start) / (end - start) * L).round().long().clamp(0, L).to(teacher.device)
+    index = (
+        ((nodes.detach()[1:] - start) / (end - start) * L)
+        .round()
+        .long()
+        .clamp(0, L)
+        .to(teacher.device)
+    )
     mse = (states[1:] - teacher[index]).square().flatten(1).mean(1).sum()
     return mse + huber_weight * F.huber_loss(states[-1], teacher[-1], delta=huber_delta)
 
-def _rms(v: Tensor) -> Tensor: return (v.flatten(2).square().mean(2) + 1e-12).sqrt() # [K, B]; its gradient is finite at 0
+
+def _rms(v: Tensor) -> Tensor:
+    return (v.flatten(2).square().mean(2) + 1e-12).sqrt()  # [K, B]; its gradient is finite at 0
+
 
 def aligned_loss(
-    states: Tensor, # student trajectory [N + 1, B, ...]
-    targets: Tensor, # the teacher at the student's times 1 to N [N, B, ...]
-    state_weight: float = .1, # weight w of the states before the end point
-) -> Tensor: # scalar
+    states: Tensor,  # student trajectory [N + 1, B, ...]
+    targets: Tensor,  # the teacher at the student's times 1 to N [N, B, ...]
+    state_weight: float = 0.1,  # weight w of the states before the end point
+) -> Tensor:  # scalar
     "Mean over samples of the end point's root mean square distance, plus w times those of the states on the way."
     e = _rms(states[1:] - targets).mean(1)
     return e[-1] + state_weight * e[:-1].sum()
+
 
 LOSSES = ('paper', 'aligned', 'mse', 'psnr')
 STARTS = ('euler', 'best', 'best-published', 'best-classical')
@@ -63,40 +80,68 @@ STARTS = ('euler', 'best', 'best-published', 'best-classical')
 @dataclass(frozen=True)
 class Recipe:
     "The settings of a search by gradients."
-    family: str = 'consistent' # what is free, a key of neural.FAMILIES
-    order: int | None = None # most evaluations a step uses; None = all
-    two_step_tail: bool | None = False # last two rows use two evaluations only; None = the paper's rule, N <= 6
-    start: str = 'best' # 'euler'; 'best' classical rule or closed form; 'best-published', published tables as well; 'best-classical', nothing fitted; or a name of `get_solver`
-    race: int = 30 # iterations that each of several starts may try where none is clearly the best; 0 = the best by its error
-    loss: str = 'aligned' # one of LOSSES
-    state_weight: float = .3 # of the states before the end point, loss 'aligned'; falls with the schedule
-    optimizer: str = 'adam' # 'lion', 'adam', or 'l-bfgs' on all trajectories at once
-    lr: float = .03 # its step (not of l-bfgs)
-    schedule: str = 'cosine' # 'cosine' (after 10 iterations of warm-up, to zero) or 'constant'
-    clip: float | None = 1. # largest norm of the gradient; None = any
-    radius: float = 0. # how far a noise of the pool may move, root mean square per element
-    batch_size: int = 32 # trajectories per iteration
-    iterations: int = 200 # most iterations
-    eval_every: int = 25 # iterations between held-out evaluations
-    patience: int | None = None # stop after so many iterations without a held-out improvement; None = never
-    tolerance: float = .01 # relative improvement of the held-out RMSE that counts
+
+    family: str = 'consistent'  # what is free, a key of neural.FAMILIES
+    order: int | None = None  # most evaluations a step uses; None = all
+    two_step_tail: bool | None = (
+        False  # last two rows use two evaluations only; None = the paper's rule, N <= 6
+    )
+    start: str = 'best'  # 'euler'; 'best' classical rule or closed form; 'best-published', published tables as well; 'best-classical', nothing fitted; or a name of `get_solver`
+    race: int = 30  # iterations that each of several starts may try where none is clearly the best; 0 = the best by its error
+    loss: str = 'aligned'  # one of LOSSES
+    state_weight: float = (
+        0.3  # of the states before the end point, loss 'aligned'; falls with the schedule
+    )
+    optimizer: str = 'adam'  # 'lion', 'adam', or 'l-bfgs' on all trajectories at once
+    lr: float = 0.03  # its step (not of l-bfgs)
+    schedule: str = 'cosine'  # 'cosine' (after 10 iterations of warm-up, to zero) or 'constant'
+    clip: float | None = 1.0  # largest norm of the gradient; None = any
+    radius: float = 0.0  # how far a noise of the pool may move, root mean square per element
+    batch_size: int = 32  # trajectories per iteration
+    iterations: int = 200  # most iterations
+    eval_every: int = 25  # iterations between held-out evaluations
+    patience: int | None = (
+        None  # stop after so many iterations without a held-out improvement; None = never
+    )
+    tolerance: float = 0.01  # relative improvement of the held-out RMSE that counts
 
     def __post_init__(self):
-        check_choice('family', self.family, FAMILIES); check_choice('loss', self.loss, LOSSES)
-        check_choice('optimizer', self.optimizer, ('lion', 'adam', 'l-bfgs')); check_choice('schedule', self.schedule, ('cosine', 'constant'))
-        for key in ('batch_size', 'iterations', 'eval_every'): check_int(key, getattr(self, key))
+        check_choice('family', self.family, FAMILIES)
+        check_choice('loss', self.loss, LOSSES)
+        check_choice('optimizer', self.optimizer, ('lion', 'adam', 'l-bfgs'))
+        check_choice('schedule', self.schedule, ('cosine', 'constant'))
+        for key in ('batch_size', 'iterations', 'eval_every'):
+            check_int(key, getattr(self, key))
         check_int('race', self.race, 0)
         for key in ('order', 'patience'):
-            if getattr(self, key) is not None: check_int(key, getattr(self, key))
-        check_choice('two_step_tail', self.two_step_tail, (None, False, True)); check_float('tolerance', self.tolerance, 0)
-        if not isinstance(self.start, str): raise ValueError(f'start={self.start!r} is not allowed: give a name.')
-        check_float('lr', self.lr, low=1e-12); check_float('state_weight', self.state_weight, 0); check_float('radius', self.radius, 0)
-        if self.clip is not None: check_float('clip', self.clip, 1e-12)
+            if getattr(self, key) is not None:
+                check_int(key, getattr(self, key))
+        check_choice('two_step_tail', self.two_step_tail, (None, False, True))
+        check_float('tolerance', self.tolerance, 0)
+        if not isinstance(self.start, str):
+            raise ValueError(f'start={self.start!r} is not allowed: give a name.')
+        check_float('lr', self.lr, low=1e-12)
+        check_float('state_weight', self.state_weight, 0)
+        check_float('radius', self.radius, 0)
+        if self.clip is not None:
+            check_float('clip', self.clip, 1e-12)
 
-METHODS = { # name: recipe, or the settings of a closed form
+
+METHODS = {  # name: recipe, or the settings of a closed form
     'ours': Recipe(),
-    'paper': Recipe(two_step_tail=None, start='euler', loss='paper', optimizer='lion', lr=.01, schedule='constant', clip=None, iterations=1565, eval_every=10, patience=300),
-    'times': Recipe(family='times', start='best-classical', loss='mse', radius=.01),
+    'paper': Recipe(
+        two_step_tail=None,
+        start='euler',
+        loss='paper',
+        optimizer='lion',
+        lr=0.01,
+        schedule='constant',
+        clip=None,
+        iterations=1565,
+        eval_every=10,
+        patience=300,
+    ),
+    'times': Recipe(family='times', start='best-classical', loss='mse', radius=0.01),
     'coefficients': Recipe(family='coefficients', start='best-classical'),
     'non-stationary': Recipe(family='non-stationary', loss='psnr'),
     'l-bfgs': Recipe(start='euler', loss='mse', optimizer='l-bfgs', iterations=40, eval_every=5),
@@ -104,400 +149,864 @@ METHODS = { # name: recipe, or the settings of a closed form
     'least-squares': dict(order=None, start='best-classical'),
 }
 
+
 @dataclass(frozen=True)
 class SearchResult:
     "What a search returns."
-    solver: Solver # the best iterate on the held-out noise
-    history: dict # 'loss' per iteration; 'iteration', 'evaluations' and 'heldout_rmse' per held-out evaluation
-    iterations: int # iterations done
-    converged: bool # stopped by patience, not by the limit
-    seconds: list # wall time at every held-out evaluation, the teacher's included
-    cost: dict # evaluations of the field, one per sample: 'teacher', 'start', 'forward' (student), 'backward' (gradients of these), 'heldout'
+
+    solver: Solver  # the best iterate on the held-out noise
+    history: dict  # 'loss' per iteration; 'iteration', 'evaluations' and 'heldout_rmse' per held-out evaluation
+    iterations: int  # iterations done
+    converged: bool  # stopped by patience, not by the limit
+    seconds: list  # wall time at every held-out evaluation, the teacher's included
+    cost: dict  # evaluations of the field, one per sample: 'teacher', 'start', 'forward' (student), 'backward' (gradients of these), 'heldout'
+
 
 @torch.no_grad()
 def heldout_rmse(
-    field: Callable, # as in `search`
-    solver: Solver, # any solver of the field's path
-    noise: Tensor, # initial states [M, ...]
-    cond: Tensor | None, # conditions [M, ...]
-    end: Tensor, # end points to compare with, [M, ...], on any device
-    batch_size: int = 250, # states integrated at a time
+    field: Callable,  # as in `search`
+    solver: Solver,  # any solver of the field's path
+    noise: Tensor,  # initial states [M, ...]
+    cond: Tensor | None,  # conditions [M, ...]
+    end: Tensor,  # end points to compare with, [M, ...], on any device
+    batch_size: int = 250,  # states integrated at a time
 ) -> float:
     "End-point RMSE of a solver against given end points, over all elements."
-    parts = torch.arange(len(noise)).split(check_int('batch_size', batch_size)); total = 0.
-    for p in parts: total += (sample(field, noise[p], solver, None if cond is None else cond[p]) - end[p].to(noise.device)).double().square().sum().item()
-    return (total / end.numel()) ** .5
+    parts = torch.arange(len(noise)).split(check_int('batch_size', batch_size))
+    total = 0.0
+    for p in parts:
+        total += (
+            (
+                sample(field, noise[p], solver, None if cond is None else cond[p])
+                - end[p].to(noise.device)
+            )
+            .double()
+            .square()
+            .sum()
+            .item()
+        )
+    return (total / end.numel()) ** 0.5
 
 # %% ../nbs/method/10_solver_search.ipynb #25b920a9
 class _Counted:
     "A field that counts its evaluations, one per sample."
+
     def __init__(self, field: Callable, count: dict, key: str = 'forward'):
         self.field, self.count, self.key = field, count, key
         self.path = path_of(field)
-    def on(self, path: NoisePath, coordinates: str) -> '_Counted': return _Counted(field_on(self.field, path, coordinates), self.count, self.key)
+
+    def on(self, path: NoisePath, coordinates: str) -> '_Counted':
+        return _Counted(field_on(self.field, path, coordinates), self.count, self.key)
+
     def __call__(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
         self.count[self.key] = self.count.get(self.key, 0) + len(x)
-        if torch.is_grad_enabled(): self.count['backward'] = self.count.get('backward', 0) + len(x)
+        if torch.is_grad_enabled():
+            self.count['backward'] = self.count.get('backward', 0) + len(x)
         return self.field(x, t, *cond)
 
-PUBLISHED = ('flowdcn-b-2', 'sit-xl-2', 'dit-xl-2') # the paper's tables
 
-FITTED_MARGIN, FITTED_MEMBERS = 2., 512 # how much nearer a start in closed form must be than the best known solver to be preferred; on so many trajectories it is fitted
-RACE_MEMBERS = 256 # of the pool that judge a race
+PUBLISHED = ('flowdcn-b-2', 'sit-xl-2', 'dit-xl-2')  # the paper's tables
+
+FITTED_MARGIN, FITTED_MEMBERS = (
+    2.0,
+    512,
+)  # how much nearer a start in closed form must be than the best known solver to be preferred; on so many trajectories it is fitted
+RACE_MEMBERS = 256  # of the pool that judge a race
+
 
 def start_solver(
-    name: str, # of `get_solver`
-    steps: int, # evaluations N
-    path: NoisePath = LinearPath(), # where to search
+    name: str,  # of `get_solver`
+    steps: int,  # evaluations N
+    path: NoisePath = LinearPath(),  # where to search
 ) -> Solver:
     "A solver by name to start from; published tables with the time deltas before their rounding, whose sum is 1."
-    solver = load_solver(name, steps, rounded=False) if name in PUBLISHED else get_solver(name, steps, path)
+    solver = (
+        load_solver(name, steps, rounded=False)
+        if name in PUBLISHED
+        else get_solver(name, steps, path)
+    )
     check_init(solver, steps, path)
     return solver
 
+
 def start_candidates(
-    steps: int, # evaluations N
-    path: NoisePath = LinearPath(), # where to search
-    published: bool = True, # published tables as well as classical rules
-) -> dict[str, Solver]: # by name
+    steps: int,  # evaluations N
+    path: NoisePath = LinearPath(),  # where to search
+    published: bool = True,  # published tables as well as classical rules
+) -> dict[str, Solver]:  # by name
     "Solvers of the paper's family on a path that a search may start at; tables searched in this project are not among them."
     found = {}
-    names = [*classical_names(path), *(n for n in PUBLISHED if published and steps in list_solvers()[n])]
+    names = [
+        *classical_names(path),
+        *(n for n in PUBLISHED if published and steps in list_solvers()[n]),
+    ]
     for name in names:
-        try: solver = start_solver(name, steps, path); NeuralSolver(steps, init=solver)
-        except ValueError: continue # needs more steps, belongs to another path, or is not of the family (several evaluations a step)
+        try:
+            solver = start_solver(name, steps, path)
+            NeuralSolver(steps, init=solver)
+        except ValueError:
+            continue  # needs more steps, belongs to another path, or is not of the family (several evaluations a step)
         found[name] = solver
     return found
 
+
 def race_grids(
-    steps: int, # evaluations N
-    path: NoisePath = LinearPath(), # where to search
-) -> dict[str, Tensor]: # nodes [N + 1] by name
+    steps: int,  # evaluations N
+    path: NoisePath = LinearPath(),  # where to search
+) -> dict[str, Tensor]:  # nodes [N + 1] by name
     "Grids of different kinds for rows in closed form: powers of a uniform grid, or on other paths those of the literature."
-    if path.coordinates == 'velocity': return {f'power-{p:g}': uniform_grid(steps) ** p for p in (1.3, 2.)}
-    return {grid: ddim(steps, path, spacing=grid, t_start=path.t_start).nodes for grid in ('time', 'quadratic')}
+    if path.coordinates == 'velocity':
+        return {f'power-{p:g}': uniform_grid(steps) ** p for p in (1.3, 2.0)}
+    return {
+        grid: ddim(steps, path, spacing=grid, t_start=path.t_start).nodes
+        for grid in ('time', 'quadratic')
+    }
+
 
 @torch.no_grad()
 def choose_start(
-    field: Callable, # as in `search`
-    teacher: Teacher, # whose end points are compared with
-    candidates: dict[str, Solver], # by name
-    members: int = 64, # first members of the teacher's pool that are tried
-    batch_size: int = 250, # states integrated at a time
-) -> tuple[str, Solver, dict[str, float]]: # name and solver of the best, distance of all
+    field: Callable,  # as in `search`
+    teacher: Teacher,  # whose end points are compared with
+    candidates: dict[str, Solver],  # by name
+    members: int = 64,  # first members of the teacher's pool that are tried
+    batch_size: int = 250,  # states integrated at a time
+) -> tuple[str, Solver, dict[str, float]]:  # name and solver of the best, distance of all
     "The best of some known solvers on a few noises: mean over samples of the root mean square distance, as in `aligned`, which a few strays do not decide."
     few, distance = teacher[:members], {}
     for name, solver in candidates.items():
-        parts = [(sample(field, few.noise[p], solver, None if few.cond is None else few.cond[p]) - few.ends[p.to(few.states.device)].to(few.noise.device))[None] for p in torch.arange(len(few)).split(batch_size)]
+        parts = [
+            (
+                sample(field, few.noise[p], solver, None if few.cond is None else few.cond[p])
+                - few.ends[p.to(few.states.device)].to(few.noise.device)
+            )[None]
+            for p in torch.arange(len(few)).split(batch_size)
+        ]
         distance[name] = _rms(torch.cat(parts, 1)).mean().item()
-    best = min(distance, key=lambda name: distance[name] if math.isfinite(distance[name]) else math.inf)
+    best = min(
+        distance, key=lambda name: distance[name] if math.isfinite(distance[name]) else math.inf
+    )
     return best, candidates[best], distance
 
 # %% ../nbs/method/10_solver_search.ipynb #1077ef13
 def search(
-    field: Callable, # field(x, t) or field(x, t, cond) -> velocity, or data on other paths than the linear; differentiable in x and t
-    steps: int = 8, # steps of the student N = evaluations
-    noise: Tensor = None, # pool of initial states [M, ...]; the last `heldout` of them are never in the loss
-    cond: Tensor | None = None, # conditions of the pool, [M, ...]
-    teacher: Teacher | int = 100, # steps L, or `teacher_trajectories` of this pool
-    method: str = 'ours', # a key of METHODS
-    seed: int = 0, # seed of the batch order
-    heldout: int | None = None, # pool members kept for validation; None = a fifth
-    checkpoint: str | os.PathLike | None = None, # file to resume from and to save to at every held-out evaluation
-    path: NoisePath | None = None, # where to search; None = `field.path`, or LinearPath()
-    init: Solver | None = None, # solver to start from (one evaluation a step, on this path, in its coordinates); None = as the recipe says
-    eval_batch_size: int = 250, # states integrated at a time without gradients: teacher and held-out noise
-    gradient_checkpointing: bool = False, # recompute each network call in the backward pass instead of keeping its activations; same result, see *Large networks*
-    name: str = 'searched', # name of the solver
-    provenance: dict | None = None, # added to the solver's provenance
-    progress: bool = True, # tqdm progress bar
-    **settings, # fields of `Recipe` that differ from METHODS[method]; for the closed forms: order, start, weight
+    field: Callable,  # field(x, t) or field(x, t, cond) -> velocity, or data on other paths than the linear; differentiable in x and t
+    steps: int = 8,  # steps of the student N = evaluations
+    noise: Tensor = None,  # pool of initial states [M, ...]; the last `heldout` of them are never in the loss
+    cond: Tensor | None = None,  # conditions of the pool, [M, ...]
+    teacher: Teacher | int = 100,  # steps L, or `teacher_trajectories` of this pool
+    method: str = 'ours',  # a key of METHODS
+    seed: int = 0,  # seed of the batch order
+    heldout: int | None = None,  # pool members kept for validation; None = a fifth
+    checkpoint: str
+    | os.PathLike
+    | None = None,  # file to resume from and to save to at every held-out evaluation
+    path: NoisePath | None = None,  # where to search; None = `field.path`, or LinearPath()
+    init: Solver
+    | None = None,  # solver to start from (one evaluation a step, on this path, in its coordinates); None = as the recipe says
+    eval_batch_size: int = 250,  # states integrated at a time without gradients: teacher and held-out noise
+    gradient_checkpointing: bool = False,  # recompute each network call in the backward pass instead of keeping its activations; same result, see *Large networks*
+    name: str = 'searched',  # name of the solver
+    provenance: dict | None = None,  # added to the solver's provenance
+    progress: bool = True,  # tqdm progress bar
+    **settings,  # fields of `Recipe` that differ from METHODS[method]; for the closed forms: order, start, weight
 ) -> SearchResult:
     "Search a solver for a field (Alg. 2, and other ways). Deterministic given its arguments, also when interrupted and resumed."
-    if not isinstance(noise, Tensor) or len(noise) < 2: raise ValueError('noise must be a pool of initial states [M, ...] with M >= 2.')
-    if cond is not None and len(cond) != len(noise): raise ValueError(f'cond has {len(cond)} rows for {len(noise)} noises: they must be equal.')
-    check_int('steps', steps); check_int('seed', seed, 0); check_choice('method', method, METHODS)
+    if not isinstance(noise, Tensor) or len(noise) < 2:
+        raise ValueError('noise must be a pool of initial states [M, ...] with M >= 2.')
+    if cond is not None and len(cond) != len(noise):
+        raise ValueError(f'cond has {len(cond)} rows for {len(noise)} noises: they must be equal.')
+    check_int('steps', steps)
+    check_int('seed', seed, 0)
+    check_choice('method', method, METHODS)
     recipe = method_settings(method, settings)
-    train = len(noise) - check_int('heldout', len(noise) // 5 or 1 if heldout is None else heldout, 1, len(noise) - 1)
-    if isinstance(recipe, Recipe): check_int('batch_size', recipe.batch_size, 1, train)
-    path = path or path_of(field); check_start(init, recipe, steps, path); check_int('eval_batch_size', eval_batch_size)
-    if isinstance(teacher, int): teacher = teacher_trajectories(field, noise, cond, check_int('teacher', teacher, steps), path, eval_batch_size, progress=progress)
+    train = len(noise) - check_int(
+        'heldout', len(noise) // 5 or 1 if heldout is None else heldout, 1, len(noise) - 1
+    )
+    if isinstance(recipe, Recipe):
+        check_int('batch_size', recipe.batch_size, 1, train)
+    path = path or path_of(field)
+    check_start(init, recipe, steps, path)
+    check_int('eval_batch_size', eval_batch_size)
+    if isinstance(teacher, int):
+        teacher = teacher_trajectories(
+            field,
+            noise,
+            cond,
+            check_int('teacher', teacher, steps),
+            path,
+            eval_batch_size,
+            progress=progress,
+        )
     check_teacher(teacher, noise, cond, path, recipe)
-    run = _Run(Recomputed(field) if gradient_checkpointing else field, steps, method, recipe, path, teacher, train, seed, eval_batch_size, init, checkpoint)
-    if not isinstance(recipe, Recipe): return run.closed_form(name, provenance)
-    bar = tqdm(total=recipe.iterations, initial=run.iteration, desc=f'search {steps} steps, {method}', disable=not progress, mininterval=1)
+    run = _Run(
+        Recomputed(field) if gradient_checkpointing else field,
+        steps,
+        method,
+        recipe,
+        path,
+        teacher,
+        train,
+        seed,
+        eval_batch_size,
+        init,
+        checkpoint,
+    )
+    if not isinstance(recipe, Recipe):
+        return run.closed_form(name, provenance)
+    bar = tqdm(
+        total=recipe.iterations,
+        initial=run.iteration,
+        desc=f'search {steps} steps, {method}',
+        disable=not progress,
+        mininterval=1,
+    )
     while True:
-        if run.iteration % recipe.eval_every == 0 or run.iteration >= recipe.iterations: run.evaluate(); run.save(checkpoint)
-        converged = recipe.patience is not None and run.iteration - run.improved_at(recipe.tolerance) >= recipe.patience
-        if converged or run.iteration >= recipe.iterations: break
-        run.step(); bar.update(run.iteration - bar.n); bar.set_postfix(heldout=run.best[0], refresh=False)
+        if run.iteration % recipe.eval_every == 0 or run.iteration >= recipe.iterations:
+            run.evaluate()
+            run.save(checkpoint)
+        converged = (
+            recipe.patience is not None
+            and run.iteration - run.improved_at(recipe.tolerance) >= recipe.patience
+        )
+        if converged or run.iteration >= recipe.iterations:
+            break
+        run.step()
+        bar.update(run.iteration - bar.n)
+        bar.set_postfix(heldout=run.best[0], refresh=False)
     bar.close()
-    with torch.no_grad(): solver = run.solver(run.best[2])
+    with torch.no_grad():
+        solver = run.solver(run.best[2])
     return run.result(solver, name, provenance, converged)
 
 # %% ../nbs/method/10_solver_search.ipynb #6a63f39c
 def method_settings(method: str, settings: dict) -> 'Recipe | dict':
     "The recipe of a method with the caller's settings; a ValueError lists what there is."
-    base = METHODS[method]; allowed = [f.name for f in fields(Recipe)] if isinstance(base, Recipe) else list(base)
-    for key in settings: check_choice(f'setting of method {method!r}', key, allowed)
-    if isinstance(base, Recipe): return replace(base, **settings)
-    if settings.get('order') is not None: check_int('order', settings['order'])
-    if settings.get('weight') is not None: check_float('weight', settings['weight'], 0)
+    base = METHODS[method]
+    allowed = [f.name for f in fields(Recipe)] if isinstance(base, Recipe) else list(base)
+    for key in settings:
+        check_choice(f'setting of method {method!r}', key, allowed)
+    if isinstance(base, Recipe):
+        return replace(base, **settings)
+    if settings.get('order') is not None:
+        check_int('order', settings['order'])
+    if settings.get('weight') is not None:
+        check_float('weight', settings['weight'], 0)
     return base | settings
 
+
 def read_settings(
-    text: str, # 'iterations=400, start=ab2'; '' = none
-    method: str, # a key of METHODS
-) -> dict: # settings for `search`
+    text: str,  # 'iterations=400, start=ab2'; '' = none
+    method: str,  # a key of METHODS
+) -> dict:  # settings for `search`
     "Settings written in one line, as parameters of papermill are; a ValueError names what is wrong."
     out = {}
     for item in filter(None, (part.strip() for part in str(text).split(','))):
         key, equals, value = (v.strip() for v in item.partition('='))
-        if not equals or not value: raise ValueError(f'options={text!r} is not allowed: give setting=value, separated by commas.')
-        if key in out: raise ValueError(f'options={text!r} is not allowed: {key} is given twice.')
-        try: out[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError): out[key] = value
+        if not equals or not value:
+            raise ValueError(
+                f'options={text!r} is not allowed: give setting=value, separated by commas.'
+            )
+        if key in out:
+            raise ValueError(f'options={text!r} is not allowed: {key} is given twice.')
+        try:
+            out[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            out[key] = value
     method_settings(check_choice('method', method, METHODS), out)
     return out
 
+
 def check_init(
-    init: Solver | None, # a solver to start from
-    steps: int, # evaluations it must have
-    path: NoisePath, # and where it must run, from end to end
+    init: Solver | None,  # a solver to start from
+    steps: int,  # evaluations it must have
+    path: NoisePath,  # and where it must run, from end to end
 ):
     "ValueError for a solver that a search cannot start from."
-    if init is None: return
+    if init is None:
+        return
     coordinates = 'velocity' if path.coordinates == 'velocity' else 'data'
-    if init.nfe != steps: raise ValueError(f'init={init.name!r} has {init.nfe} evaluations; give a solver with {steps}, one a step.')
+    if init.nfe != steps:
+        raise ValueError(
+            f'init={init.name!r} has {init.nfe} evaluations; give a solver with {steps}, one a step.'
+        )
     if (init.path, init.coordinates) != (path, coordinates):
-        raise ValueError(f'init={init.name!r} is in {init.coordinates} coordinates on {init.path}: {coordinates} coordinates on {path} are needed.')
-    if (init.nodes[[0, -1]] - torch.tensor([path.t_start, path.t_end], dtype=torch.float64)).abs().max() > 1e-9:
-        raise ValueError(f'init={init.name!r} runs from t = {init.nodes[0]:g} to {init.nodes[-1]:g}: {path.t_start} to {path.t_end} is needed (t_start=..., or get_solver).')
+        raise ValueError(
+            f'init={init.name!r} is in {init.coordinates} coordinates on {init.path}: {coordinates} coordinates on {path} are needed.'
+        )
+    if (
+        init.nodes[[0, -1]] - torch.tensor([path.t_start, path.t_end], dtype=torch.float64)
+    ).abs().max() > 1e-9:
+        raise ValueError(
+            f'init={init.name!r} runs from t = {init.nodes[0]:g} to {init.nodes[-1]:g}: {path.t_start} to {path.t_end} is needed (t_start=..., or get_solver).'
+        )
+
 
 def check_start(
-    init: Solver | None, # as in `search`
-    recipe: Recipe | dict, # of the method
-    steps: int, # evaluations N
-    path: NoisePath, # where to search
+    init: Solver | None,  # as in `search`
+    recipe: Recipe | dict,  # of the method
+    steps: int,  # evaluations N
+    path: NoisePath,  # where to search
 ):
     "ValueError for a start that does not exist or is not in the family, before any compute."
     check_init(init, steps, path)
     start = recipe.start if isinstance(recipe, Recipe) else recipe.get('start', 'euler')
-    if init is None and start not in STARTS: init = start_solver(start, steps, path)
-    if init is not None and isinstance(recipe, Recipe): NeuralSolver(steps, recipe.two_step_tail, init, family=recipe.family, order=recipe.order)
+    if init is None and start not in STARTS:
+        init = start_solver(start, steps, path)
+    if init is not None and isinstance(recipe, Recipe):
+        NeuralSolver(steps, recipe.two_step_tail, init, family=recipe.family, order=recipe.order)
+
 
 def check_teacher(
-    teacher: Teacher, # given or made
-    noise: Tensor, # as in `search`
-    cond: Tensor | None, # as in `search`
-    path: NoisePath, # where to search
-    recipe: Recipe | dict, # of the method
+    teacher: Teacher,  # given or made
+    noise: Tensor,  # as in `search`
+    cond: Tensor | None,  # as in `search`
+    path: NoisePath,  # where to search
+    recipe: Recipe | dict,  # of the method
 ):
     "ValueError for a teacher of another pool, another path, or other ends."
-    same = teacher.noise.shape == noise.shape and torch.equal(teacher.noise, noise) and (teacher.cond is None) == (cond is None) and (cond is None or torch.equal(teacher.cond, cond))
-    if not same: raise ValueError('teacher belongs to another pool (noise or cond differ): give teacher_trajectories of this pool.')
-    if not (finite := teacher.ends.flatten(1).isfinite().all(1)).all(): raise ValueError(f'the teacher is not finite for members {(~finite).nonzero().flatten().tolist()[:8]}: leave them out of the pool.')
-    nodes = teacher.solver.nodes; ends = torch.tensor([path.t_start, path.t_end], dtype=torch.float64)
-    if teacher.path != path or (nodes[[0, -1]] - ends).abs().max() > 1e-9: raise ValueError(f'teacher runs from t = {nodes[0]:g} to {nodes[-1]:g} of {teacher.path}: {ends[0]:g} to {ends[1]:g} of {path} is needed.')
-    if isinstance(recipe, Recipe) and recipe.loss == 'paper' and (nodes.diff() - nodes.diff().mean()).abs().max() > 1e-9: raise ValueError("loss='paper' rounds to a uniform grid of the teacher; this one has another: use loss='aligned'.")
+    same = (
+        teacher.noise.shape == noise.shape
+        and torch.equal(teacher.noise, noise)
+        and (teacher.cond is None) == (cond is None)
+        and (cond is None or torch.equal(teacher.cond, cond))
+    )
+    if not same:
+        raise ValueError(
+            'teacher belongs to another pool (noise or cond differ): give teacher_trajectories of this pool.'
+        )
+    if not (finite := teacher.ends.flatten(1).isfinite().all(1)).all():
+        raise ValueError(
+            f'the teacher is not finite for members {(~finite).nonzero().flatten().tolist()[:8]}: leave them out of the pool.'
+        )
+    nodes = teacher.solver.nodes
+    ends = torch.tensor([path.t_start, path.t_end], dtype=torch.float64)
+    if teacher.path != path or (nodes[[0, -1]] - ends).abs().max() > 1e-9:
+        raise ValueError(
+            f'teacher runs from t = {nodes[0]:g} to {nodes[-1]:g} of {teacher.path}: {ends[0]:g} to {ends[1]:g} of {path} is needed.'
+        )
+    if (
+        isinstance(recipe, Recipe)
+        and recipe.loss == 'paper'
+        and (nodes.diff() - nodes.diff().mean()).abs().max() > 1e-9
+    ):
+        raise ValueError(
+            "loss='paper' rounds to a uniform grid of the teacher; this one has another: use loss='aligned'."
+        )
 
 # %% ../nbs/method/10_solver_search.ipynb #8d555721
 class _Run:
     "One search in progress."
-    def __init__(self, field, steps, method, recipe, path, teacher, train, seed, eval_batch_size, init, checkpoint):
-        self.steps, self.method, self.recipe, self.path, self.seed, self.eval_batch_size = steps, method, recipe, path, seed, eval_batch_size
+
+    def __init__(
+        self,
+        field,
+        steps,
+        method,
+        recipe,
+        path,
+        teacher,
+        train,
+        seed,
+        eval_batch_size,
+        init,
+        checkpoint,
+    ):
+        self.steps, self.method, self.recipe, self.path, self.seed, self.eval_batch_size = (
+            steps,
+            method,
+            recipe,
+            path,
+            seed,
+            eval_batch_size,
+        )
         self.pool, self.held, self.train = teacher[:train], teacher[train:], train
         self.cost = dict(teacher=teacher.evaluations, start=0, forward=0, backward=0, heldout=0)
         clock, self.spent = time.perf_counter(), teacher.seconds
-        self.fields = {key: _Counted(field, self.cost, key) for key in ('start', 'forward', 'heldout')}
-        self.form = dict(path=path, coordinates='velocity' if path.coordinates == 'velocity' else 'data', t_start=path.t_start)
-        self.iteration, self.best, self.history, self.seconds = 0, (float('inf'), 0, None), dict(loss=[], iteration=[], evaluations=[], heldout_rmse=[]), []
-        state = torch.load(checkpoint, weights_only=True) if checkpoint is not None and isinstance(recipe, Recipe) and Path(checkpoint).exists() else None
-        self.settings = dict(method=method, recipe=[[k, v] for k, v in sorted(vars(replace(recipe, iterations=1) if recipe.schedule == 'constant' else recipe).items())], path=repr(path), train=train, seed=seed, steps=steps,
-                             init=init and init.digest) if isinstance(recipe, Recipe) else {}
-        if checkpoint is not None and self.settings: self.settings |= trajectory_identity(self.fields['start'], teacher.noise, teacher.cond, teacher.solver)
-        if state and (differ := what_differs(state['settings'], self.settings)): raise ValueError(f'{checkpoint} belongs to a search with other settings ({", ".join(differ)} differ): delete it or name another file.')
-        if state: self.init_name, init = state['init_name'], state['init'] and Solver.from_dict(state['init'])
+        self.fields = {
+            key: _Counted(field, self.cost, key) for key in ('start', 'forward', 'heldout')
+        }
+        self.form = dict(
+            path=path,
+            coordinates='velocity' if path.coordinates == 'velocity' else 'data',
+            t_start=path.t_start,
+        )
+        self.iteration, self.best, self.history, self.seconds = (
+            0,
+            (float('inf'), 0, None),
+            dict(loss=[], iteration=[], evaluations=[], heldout_rmse=[]),
+            [],
+        )
+        state = (
+            torch.load(checkpoint, weights_only=True)
+            if checkpoint is not None and isinstance(recipe, Recipe) and Path(checkpoint).exists()
+            else None
+        )
+        self.settings = (
+            dict(
+                method=method,
+                recipe=[
+                    [k, v]
+                    for k, v in sorted(
+                        vars(
+                            replace(recipe, iterations=1)
+                            if recipe.schedule == 'constant'
+                            else recipe
+                        ).items()
+                    )
+                ],
+                path=repr(path),
+                train=train,
+                seed=seed,
+                steps=steps,
+                init=init and init.digest,
+            )
+            if isinstance(recipe, Recipe)
+            else {}
+        )
+        if checkpoint is not None and self.settings:
+            self.settings |= trajectory_identity(
+                self.fields['start'], teacher.noise, teacher.cond, teacher.solver
+            )
+        if state and (differ := what_differs(state['settings'], self.settings)):
+            raise ValueError(
+                f'{checkpoint} belongs to a search with other settings ({", ".join(differ)} differ): delete it or name another file.'
+            )
+        if state:
+            self.init_name, init = (
+                state['init_name'],
+                state['init'] and Solver.from_dict(state['init']),
+            )
         else:
-            with torch.no_grad(): self.init_name, init = self.begin(init)
-        self.init = init; self.spent += time.perf_counter() - clock
-        if not isinstance(recipe, Recipe): return
-        self.module = NeuralSolver(steps, recipe.two_step_tail, init, family=recipe.family, order=recipe.order)
+            with torch.no_grad():
+                self.init_name, init = self.begin(init)
+        self.init = init
+        self.spent += time.perf_counter() - clock
+        if not isinstance(recipe, Recipe):
+            return
+        self.module = NeuralSolver(
+            steps, recipe.two_step_tail, init, family=recipe.family, order=recipe.order
+        )
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = self.new_optimizer()
         self.shift = torch.zeros_like(self.pool.noise) if recipe.radius else None
-        if state: self.restore(state)
+        if state:
+            self.restore(state)
 
     def begin(self, init: Solver | None) -> tuple[str, Solver | None]:
         "Name and solver of the start; None = Euler on uniform times."
-        recipe, start, size = self.recipe, self.recipe.start if isinstance(self.recipe, Recipe) else self.recipe.get('start'), self.eval_batch_size
-        if init is not None: return f'{init.name} ({init.digest})', init
-        if start is None or start == 'euler' and isinstance(recipe, Recipe): return 'euler', None
-        if start not in STARTS or start == 'euler': name, solver = start, start_solver(start, self.steps, self.path)
+        recipe, start, size = (
+            self.recipe,
+            self.recipe.start if isinstance(self.recipe, Recipe) else self.recipe.get('start'),
+            self.eval_batch_size,
+        )
+        if init is not None:
+            return f'{init.name} ({init.digest})', init
+        if start is None or start == 'euler' and isinstance(recipe, Recipe):
+            return 'euler', None
+        if start not in STARTS or start == 'euler':
+            name, solver = start, start_solver(start, self.steps, self.path)
         else:
             candidates = start_candidates(self.steps, self.path, start == 'best-published')
-            if isinstance(recipe, Recipe): candidates = {n: s for n, s in candidates.items() if self.holds(s)}
-            if not candidates: return 'euler', None
-            name, solver, distance = choose_start(self.fields['start'], self.pool, candidates, batch_size=size)
-            if start != 'best-classical': # rows in closed form, on its nodes and on those of the dynamic programming
-                fit = lambda nodes: fit_rows(self.fields['start'], self.pool, nodes, slice(0, FITTED_MEMBERS), recipe.order, batch_size=size)
-                closed = {f'least-squares@{name}': fit(solver.nodes), 'least-squares@dynamic-programming': fit(gits(self.pool, self.steps, index=slice(0, 64)).nodes)}
+            if isinstance(recipe, Recipe):
+                candidates = {n: s for n, s in candidates.items() if self.holds(s)}
+            if not candidates:
+                return 'euler', None
+            name, solver, distance = choose_start(
+                self.fields['start'], self.pool, candidates, batch_size=size
+            )
+            if (
+                start != 'best-classical'
+            ):  # rows in closed form, on its nodes and on those of the dynamic programming
+                fit = lambda nodes: fit_rows(
+                    self.fields['start'],
+                    self.pool,
+                    nodes,
+                    slice(0, FITTED_MEMBERS),
+                    recipe.order,
+                    batch_size=size,
+                )
+                closed = {
+                    f'least-squares@{name}': fit(solver.nodes),
+                    'least-squares@dynamic-programming': fit(
+                        gits(self.pool, self.steps, index=slice(0, 64)).nodes
+                    ),
+                }
                 closed = {n: s for n, s in closed.items() if self.holds(s)}
                 if closed:
-                    fitted, s, error = choose_start(self.fields['start'], self.pool, closed, batch_size=size)
-                    if error[fitted] * FITTED_MARGIN < distance[name]: return f'{fitted} ({s.digest})', s
-                if isinstance(recipe, Recipe) and recipe.race: # none is clearly the best: let them run
-                    more = {f'least-squares@{n}': fit(nodes) for n, nodes in race_grids(self.steps, self.path).items()}
-                    runners = {n: self.raced(s) for n, s in ({name: solver} | closed | more).items() if self.holds(s)}
-                    few = self.pool[:RACE_MEMBERS]; error = {n: heldout_rmse(self.fields['start'], s, few.noise, few.cond, few.ends, size) for n, s in runners.items()}
-                    name = min(error, key=lambda n: error[n] if math.isfinite(error[n]) else math.inf); name, solver = f'{name}, raced', runners[name]
+                    fitted, s, error = choose_start(
+                        self.fields['start'], self.pool, closed, batch_size=size
+                    )
+                    if error[fitted] * FITTED_MARGIN < distance[name]:
+                        return f'{fitted} ({s.digest})', s
+                if (
+                    isinstance(recipe, Recipe) and recipe.race
+                ):  # none is clearly the best: let them run
+                    more = {
+                        f'least-squares@{n}': fit(nodes)
+                        for n, nodes in race_grids(self.steps, self.path).items()
+                    }
+                    runners = {
+                        n: self.raced(s)
+                        for n, s in ({name: solver} | closed | more).items()
+                        if self.holds(s)
+                    }
+                    few = self.pool[:RACE_MEMBERS]
+                    error = {
+                        n: heldout_rmse(
+                            self.fields['start'], s, few.noise, few.cond, few.ends, size
+                        )
+                        for n, s in runners.items()
+                    }
+                    name = min(
+                        error, key=lambda n: error[n] if math.isfinite(error[n]) else math.inf
+                    )
+                    name, solver = f'{name}, raced', runners[name]
         return f'{name} ({solver.digest})', solver
 
     def raced(self, init: Solver) -> Solver:
         "Where a short search from a start ends."
-        run = _Run(self.fields['forward'].field, self.steps, self.method, replace(self.recipe, iterations=self.recipe.race), self.path, self.pool, self.train, self.seed, self.eval_batch_size, init, None)
+        run = _Run(
+            self.fields['forward'].field,
+            self.steps,
+            self.method,
+            replace(self.recipe, iterations=self.recipe.race),
+            self.path,
+            self.pool,
+            self.train,
+            self.seed,
+            self.eval_batch_size,
+            init,
+            None,
+        )
         with torch.enable_grad():
-            for _ in range(self.recipe.race): run.step()
-        for key in ('forward', 'backward'): self.cost[key] += run.cost[key]
+            for _ in range(self.recipe.race):
+                run.step()
+        for key in ('forward', 'backward'):
+            self.cost[key] += run.cost[key]
         return run.solver()
 
     def holds(self, init: Solver) -> bool:
         "Is a solver a point of the recipe's family?"
-        try: NeuralSolver(self.steps, self.recipe.two_step_tail, init, family=self.recipe.family, order=self.recipe.order); return True
-        except ValueError: return False
+        try:
+            NeuralSolver(
+                self.steps,
+                self.recipe.two_step_tail,
+                init,
+                family=self.recipe.family,
+                order=self.recipe.order,
+            )
+            return True
+        except ValueError:
+            return False
 
-    def solver(self, parameters=None) -> Solver: return torch.func.functional_call(self.module, parameters, (), self.form) if parameters else self.module(**self.form)
+    def solver(self, parameters=None) -> Solver:
+        return (
+            torch.func.functional_call(self.module, parameters, (), self.form)
+            if parameters
+            else self.module(**self.form)
+        )
 
 # %% ../nbs/method/10_solver_search.ipynb #92e3d235
 @patch
 def new_optimizer(self: _Run) -> torch.optim.Optimizer:
     "The optimiser of the recipe."
     r = self.recipe
-    if r.optimizer == 'lion': return Lion(self.parameters, lr=r.lr, weight_decay=0.)
-    if r.optimizer == 'adam': return torch.optim.Adam(self.parameters, lr=r.lr, betas=(.9, .99))
-    return torch.optim.LBFGS(self.parameters, max_iter=1, max_eval=20, history_size=30, line_search_fn='strong_wolfe', tolerance_grad=0, tolerance_change=0)
+    if r.optimizer == 'lion':
+        return Lion(self.parameters, lr=r.lr, weight_decay=0.0)
+    if r.optimizer == 'adam':
+        return torch.optim.Adam(self.parameters, lr=r.lr, betas=(0.9, 0.99))
+    return torch.optim.LBFGS(
+        self.parameters,
+        max_iter=1,
+        max_eval=20,
+        history_size=30,
+        line_search_fn='strong_wolfe',
+        tolerance_grad=0,
+        tolerance_change=0,
+    )
+
 
 @patch
 def batch(self: _Run) -> Tensor:
     "Pool indices of the present iteration: a permutation of the training part per epoch."
     epoch, i = divmod(self.iteration, self.train // self.recipe.batch_size)
-    order = torch.randperm(self.train, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-    return order[i * self.recipe.batch_size:(i + 1) * self.recipe.batch_size].to(self.pool.noise.device)
+    order = torch.randperm(
+        self.train, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+    )
+    return order[i * self.recipe.batch_size : (i + 1) * self.recipe.batch_size].to(
+        self.pool.noise.device
+    )
+
 
 @patch(as_prop=True)
-def annealed(self: _Run) -> float: "The cosine from 1 to 0 of the present iteration; 1 for a constant schedule."; return 1. if self.recipe.schedule == 'constant' else (1 + math.cos(math.pi * self.iteration / self.recipe.iterations)) / 2
+def annealed(self: _Run) -> float:
+    "The cosine from 1 to 0 of the present iteration; 1 for a constant schedule."
+    return (
+        1.0
+        if self.recipe.schedule == 'constant'
+        else (1 + math.cos(math.pi * self.iteration / self.recipe.iterations)) / 2
+    )
+
 
 @patch
-def loss(self: _Run, index: Tensor) -> tuple[Tensor, Tensor]: # (loss, the noises used)
+def loss(self: _Run, index: Tensor) -> tuple[Tensor, Tensor]:  # (loss, the noises used)
     "The recipe's loss on some members of the pool, differentiable in the parameters."
     solver, kind = self.solver(), self.recipe.loss
-    noise = self.pool.noise[index] if self.shift is None else (self.pool.noise[index] + self.shift[index]).requires_grad_()
-    states = sample(self.fields['forward'], noise, solver, None if self.pool.cond is None else self.pool.cond[index], trajectory=True)
+    noise = (
+        self.pool.noise[index]
+        if self.shift is None
+        else (self.pool.noise[index] + self.shift[index]).requires_grad_()
+    )
+    states = sample(
+        self.fields['forward'],
+        noise,
+        solver,
+        None if self.pool.cond is None else self.pool.cond[index],
+        trajectory=True,
+    )
     stored = index.to(self.pool.states.device)
-    if kind == 'paper': return alignment_loss(states, self.pool.states[:, stored].to(states.device), solver.nodes, *self.pool.solver.nodes[[0, -1]].tolist()), noise
+    if kind == 'paper':
+        return alignment_loss(
+            states,
+            self.pool.states[:, stored].to(states.device),
+            solver.nodes,
+            *self.pool.solver.nodes[[0, -1]].tolist(),
+        ), noise
     end = self.pool.ends[stored].to(states.device)
     if kind == 'aligned':
         on_the_way = self.pool.at(solver.nodes[1:-1], stored).to(states.dtype)
-        return aligned_loss(states, torch.cat([on_the_way, end[None]]), self.recipe.state_weight * self.annealed), noise
+        return aligned_loss(
+            states, torch.cat([on_the_way, end[None]]), self.recipe.state_weight * self.annealed
+        ), noise
     mse = (states[-1] - end).flatten(1).square().mean(1)
     return (mse.mean() if kind == 'mse' else (mse + 1e-12).log().mean()), noise
+
 
 @patch
 def step(self: _Run):
     "One iteration on the parameters of the solver; the field's own parameters receive no gradient."
     start, r = time.perf_counter(), self.recipe
-    if r.optimizer == 'l-bfgs': value = self.optimizer.step(self.whole).item()
+    if r.optimizer == 'l-bfgs':
+        value = self.optimizer.step(self.whole).item()
     else:
-        for group in self.optimizer.param_groups: group['lr'] = r.lr * self.annealed * (min(1, (self.iteration + 1) / 10) if r.schedule == 'cosine' else 1)
-        index = self.batch(); loss, noise = self.loss(index); value = loss.item()
-        *gradients, moved = torch.autograd.grad(loss, [*self.parameters, *([noise] if self.shift is not None else [])]) if self.shift is not None else [*torch.autograd.grad(loss, self.parameters), None]
+        for group in self.optimizer.param_groups:
+            group['lr'] = (
+                r.lr
+                * self.annealed
+                * (min(1, (self.iteration + 1) / 10) if r.schedule == 'cosine' else 1)
+            )
+        index = self.batch()
+        loss, noise = self.loss(index)
+        value = loss.item()
+        *gradients, moved = (
+            torch.autograd.grad(
+                loss, [*self.parameters, *([noise] if self.shift is not None else [])]
+            )
+            if self.shift is not None
+            else [*torch.autograd.grad(loss, self.parameters), None]
+        )
         norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt().item()
-        if math.isfinite(norm): # a trajectory that has left the numbers gives no direction
-            for p, g in zip(self.parameters, gradients): p.grad = g if r.clip is None else g * min(1., r.clip / max(norm, 1e-30))
+        if math.isfinite(norm):  # a trajectory that has left the numbers gives no direction
+            for p, g in zip(self.parameters, gradients):
+                p.grad = g if r.clip is None else g * min(1.0, r.clip / max(norm, 1e-30))
             self.optimizer.step()
-            if moved is not None: self.move(index, moved)
-    self.iteration += 1; self.history['loss'].append(value); self.spent += time.perf_counter() - start
+            if moved is not None:
+                self.move(index, moved)
+    self.iteration += 1
+    self.history['loss'].append(value)
+    self.spent += time.perf_counter() - start
+
 
 @patch
 def move(self: _Run, index: Tensor, gradient: Tensor):
     "Move noises against their gradient, inside their balls (LD3)."
-    rms = lambda v: v.flatten(1).square().mean(1).sqrt().clamp(min=1e-30).view(-1, *[1] * (v.ndim - 1))
-    shift = self.shift[index] - .1 * self.recipe.radius * gradient / rms(gradient)
+    rms = lambda v: (
+        v.flatten(1).square().mean(1).sqrt().clamp(min=1e-30).view(-1, *[1] * (v.ndim - 1))
+    )
+    shift = self.shift[index] - 0.1 * self.recipe.radius * gradient / rms(gradient)
     self.shift[index] = shift * (self.recipe.radius / rms(shift)).clamp(max=1)
+
 
 @patch
 def whole(self: _Run) -> Tensor:
     "Logarithm of the loss over all members and its gradient, for l-bfgs; large where the solver is none."
-    total, gradients = 0., [torch.zeros_like(p) for p in self.parameters]
-    try: self.solver()
-    except ValueError: return torch.tensor(1e3, dtype=torch.float64) # the line search has left the positive time deltas
+    total, gradients = 0.0, [torch.zeros_like(p) for p in self.parameters]
+    try:
+        self.solver()
+    except ValueError:
+        return torch.tensor(
+            1e3, dtype=torch.float64
+        )  # the line search has left the positive time deltas
     for index in torch.arange(self.train).split(self.recipe.batch_size):
         loss = self.loss(index.to(self.pool.noise.device))[0] * len(index) / self.train
-        total += loss.item(); gradients = [a + g for a, g in zip(gradients, torch.autograd.grad(loss, self.parameters))]
-    for p, g in zip(self.parameters, gradients): p.grad = g / total if math.isfinite(total) else torch.zeros_like(p)
+        total += loss.item()
+        gradients = [a + g for a, g in zip(gradients, torch.autograd.grad(loss, self.parameters))]
+    for p, g in zip(self.parameters, gradients):
+        p.grad = g / total if math.isfinite(total) else torch.zeros_like(p)
     return torch.tensor(math.log(total) if math.isfinite(total) else 1e3, dtype=torch.float64)
 
 # %% ../nbs/method/10_solver_search.ipynb #4ee70181
 @patch
 def evaluate(self: _Run):
     "Held-out RMSE of the present iterate; remembers the best."
-    if self.history['iteration'][-1:] == [self.iteration]: return
+    if self.history['iteration'][-1:] == [self.iteration]:
+        return
     start = time.perf_counter()
-    rmse = heldout_rmse(self.fields['heldout'], self.solver(), self.held.noise, self.held.cond, self.held.ends, self.eval_batch_size)
+    rmse = heldout_rmse(
+        self.fields['heldout'],
+        self.solver(),
+        self.held.noise,
+        self.held.cond,
+        self.held.ends,
+        self.eval_batch_size,
+    )
     self.spent += time.perf_counter() - start
-    for key, value in (('iteration', self.iteration), ('evaluations', self.evaluations), ('heldout_rmse', rmse)): self.history[key].append(value)
+    for key, value in (
+        ('iteration', self.iteration),
+        ('evaluations', self.evaluations),
+        ('heldout_rmse', rmse),
+    ):
+        self.history[key].append(value)
     self.seconds.append(self.spent)
-    if rmse < self.best[0]: self.best = (rmse, self.iteration, {k: v.detach().clone() for k, v in self.module.named_parameters()})
+    if rmse < self.best[0]:
+        self.best = (
+            rmse,
+            self.iteration,
+            {k: v.detach().clone() for k, v in self.module.named_parameters()},
+        )
+
 
 @patch(as_prop=True)
-def evaluations(self: _Run) -> int: "All evaluations of the field so far."; return sum(v for k, v in self.cost.items() if k != 'backward')
+def evaluations(self: _Run) -> int:
+    "All evaluations of the field so far."
+    return sum(v for k, v in self.cost.items() if k != 'backward')
+
 
 @patch
 def improved_at(self: _Run, tolerance: float) -> int:
     "Iteration of the last held-out improvement by more than the tolerance."
     reference, at = float('inf'), 0
     for k, rmse in zip(self.history['iteration'], self.history['heldout_rmse']):
-        if rmse < reference * (1 - tolerance): reference, at = rmse, k
+        if rmse < reference * (1 - tolerance):
+            reference, at = rmse, k
     return at
 
+
 @patch
-def result(self: _Run, solver: Solver, name: str, provenance: dict | None, converged: bool) -> SearchResult:
+def result(
+    self: _Run, solver: Solver, name: str, provenance: dict | None, converged: bool
+) -> SearchResult:
     "The solver with its provenance, and what it cost."
-    recipe = {f.name: getattr(self.recipe, f.name) for f in fields(Recipe) if f.name not in ('iterations', 'start')} if isinstance(self.recipe, Recipe) else {k: v for k, v in self.recipe.items() if k != 'start'}
+    recipe = (
+        {
+            f.name: getattr(self.recipe, f.name)
+            for f in fields(Recipe)
+            if f.name not in ('iterations', 'start')
+        }
+        if isinstance(self.recipe, Recipe)
+        else {k: v for k, v in self.recipe.items() if k != 'start'}
+    )
     tail = dict(two_step_tail=self.module.two_step_tail) if isinstance(self.recipe, Recipe) else {}
-    found = dict(method=self.method, paper='arXiv 2505.21114', init=self.init_name, **recipe | tail, seed=self.seed, iterations=self.iteration, teacher=f'{self.pool.solver.name}-{self.pool.solver.nfe}',
-                 unique_samples=self.train, heldout_samples=len(self.held), heldout_rmse=self.best[0], best_iteration=self.best[1], evaluations=self.evaluations)
-    return SearchResult(replace(solver, name=name, provenance=found | (provenance or {})), self.history, self.iteration, converged, self.seconds, dict(self.cost))
+    found = dict(
+        method=self.method,
+        paper='arXiv 2505.21114',
+        init=self.init_name,
+        **recipe | tail,
+        seed=self.seed,
+        iterations=self.iteration,
+        teacher=f'{self.pool.solver.name}-{self.pool.solver.nfe}',
+        unique_samples=self.train,
+        heldout_samples=len(self.held),
+        heldout_rmse=self.best[0],
+        best_iteration=self.best[1],
+        evaluations=self.evaluations,
+    )
+    return SearchResult(
+        replace(solver, name=name, provenance=found | (provenance or {})),
+        self.history,
+        self.iteration,
+        converged,
+        self.seconds,
+        dict(self.cost),
+    )
+
 
 @patch
 def closed_form(self: _Run, name: str, provenance: dict | None) -> SearchResult:
     "The methods without gradients."
     start = time.perf_counter()
-    if self.method == 'least-squares': solver = fit_rows(self.fields['forward'], self.pool, self.init.nodes, order=self.recipe['order'], batch_size=self.eval_batch_size)
-    else: solver = gits(self.pool, self.steps, **{k: v for k, v in self.recipe.items() if v is not None})
-    rmse = heldout_rmse(self.fields['heldout'], solver, self.held.noise, self.held.cond, self.held.ends, self.eval_batch_size)
-    self.spent += time.perf_counter() - start; self.best = (rmse, 0, None); self.seconds.append(self.spent)
-    for key, value in (('iteration', 0), ('evaluations', self.evaluations), ('heldout_rmse', rmse)): self.history[key].append(value)
+    if self.method == 'least-squares':
+        solver = fit_rows(
+            self.fields['forward'],
+            self.pool,
+            self.init.nodes,
+            order=self.recipe['order'],
+            batch_size=self.eval_batch_size,
+        )
+    else:
+        solver = gits(
+            self.pool, self.steps, **{k: v for k, v in self.recipe.items() if v is not None}
+        )
+    rmse = heldout_rmse(
+        self.fields['heldout'],
+        solver,
+        self.held.noise,
+        self.held.cond,
+        self.held.ends,
+        self.eval_batch_size,
+    )
+    self.spent += time.perf_counter() - start
+    self.best = (rmse, 0, None)
+    self.seconds.append(self.spent)
+    for key, value in (('iteration', 0), ('evaluations', self.evaluations), ('heldout_rmse', rmse)):
+        self.history[key].append(value)
     return self.result(solver, name, provenance, True)
+
 
 @patch
 def save(self: _Run, path):
-    if path is None: return
-    state = dict(settings=self.settings, init_name=self.init_name, init=self.init and self.init.to_dict(), module=self.module.state_dict(), optimizer=self.optimizer.state_dict(), iteration=self.iteration,
-                 best=self.best, history=self.history, seconds=self.seconds, spent=self.spent, cost=dict(self.cost), shift=self.shift)
-    with atomic_path(path) as tmp, open(tmp, 'wb') as f: torch.save(state, f) # torch refuses some names
+    if path is None:
+        return
+    state = dict(
+        settings=self.settings,
+        init_name=self.init_name,
+        init=self.init and self.init.to_dict(),
+        module=self.module.state_dict(),
+        optimizer=self.optimizer.state_dict(),
+        iteration=self.iteration,
+        best=self.best,
+        history=self.history,
+        seconds=self.seconds,
+        spent=self.spent,
+        cost=dict(self.cost),
+        shift=self.shift,
+    )
+    with atomic_path(path) as tmp, open(tmp, 'wb') as f:
+        torch.save(state, f)  # torch refuses some names
+
 
 @patch
 def restore(self: _Run, state: dict):
     "Go on where a checkpoint was written."
-    self.module.load_state_dict(state['module']); self.optimizer.load_state_dict(state['optimizer']); self.cost.update(state['cost'])
-    self.iteration, self.best, self.history, self.seconds, self.spent, self.shift = (state['iteration'], tuple(state['best']), *(state[k] for k in ('history', 'seconds', 'spent', 'shift')))
+    self.module.load_state_dict(state['module'])
+    self.optimizer.load_state_dict(state['optimizer'])
+    self.cost.update(state['cost'])
+    self.iteration, self.best, self.history, self.seconds, self.spent, self.shift = (
+        state['iteration'],
+        tuple(state['best']),
+        *(state[k] for k in ('history', 'seconds', 'spent', 'shift')),
+    )
 
 # %% ../nbs/method/10_solver_search.ipynb #8f370ab5
 class Recomputed:
     "A field that keeps no activations: each call is run again in the backward pass."
+
     def __init__(self, field: Callable):
         self.field = field
         self.path = path_of(field)
-    def on(self, path: NoisePath, coordinates: str) -> 'Recomputed': return Recomputed(field_on(self.field, path, coordinates))
-    def __call__(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor: return recompute(self.field, x, t, *cond, use_reentrant=False)
+
+    def on(self, path: NoisePath, coordinates: str) -> 'Recomputed':
+        return Recomputed(field_on(self.field, path, coordinates))
+
+    def __call__(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
+        return recompute(self.field, x, t, *cond, use_reentrant=False)

@@ -22,125 +22,240 @@ from .utils import check_choice, check_int, write_json
 # %% ../nbs/method/04_solvers.ipynb #63425dbc
 class Coordinates(NamedTuple):
     "The change of variables y = x / c, s(t) in which dy/ds is the prediction."
-    scale: Callable # (path, t) -> c
-    span: Callable # (path, t, u) -> c(u) (s(u) - s(t)), finite also where s(u) is not
-    between: Callable # (path, t, u, part) -> the time at which s has gone this part of the way from s(t) to s(u)
 
-def _by_log_snr(s: Callable, inverse: Callable) -> Callable: # s as a function of the log-SNR, and back
+    scale: Callable  # (path, t) -> c
+    span: Callable  # (path, t, u) -> c(u) (s(u) - s(t)), finite also where s(u) is not
+    between: Callable  # (path, t, u, part) -> the time at which s has gone this part of the way from s(t) to s(u)
+
+
+def _by_log_snr(
+    s: Callable, inverse: Callable
+) -> Callable:  # s as a function of the log-SNR, and back
     def between(p, t, u, part):
         ends = s(p.log_snr(t)), s(p.log_snr(u))
-        if not all(e.isfinite().all() for e in ends): raise ValueError(f'a stage between t = {t:g} and {u:g} needs finite signal-to-noise ratios: give t_start and t_end inside {p}.')
+        if not all(e.isfinite().all() for e in ends):
+            raise ValueError(
+                f'a stage between t = {t:g} and {u:g} needs finite signal-to-noise ratios: give t_start and t_end inside {p}.'
+            )
         return p.time_of_log_snr(inverse(torch.lerp(*ends, part)))
+
     return between
 
-COORDINATES = { # by prediction
-    'velocity': Coordinates(lambda p, t: torch.ones_like(t), lambda p, t, u: u - t, lambda p, t, u, part: t + part * (u - t)),
-    'data': Coordinates(lambda p, t: p.sigma(t), lambda p, t, u: p.alpha(u) - p.sigma(u) * p.alpha(t) / p.sigma(t),
-                        _by_log_snr(torch.exp, torch.log)),
-    'noise': Coordinates(lambda p, t: p.alpha(t), lambda p, t, u: p.sigma(u) - p.alpha(u) * p.sigma(t) / p.alpha(t),
-                         _by_log_snr(lambda l: (-l).exp(), lambda s: -s.log())),
-    'flow': Coordinates(lambda p, t: p.alpha(t) + p.sigma(t), lambda p, t, u: p.alpha(u) - (p.alpha(u) + p.sigma(u)) * p.alpha(t) / (p.alpha(t) + p.sigma(t)),
-                        _by_log_snr(torch.sigmoid, torch.logit)),
+
+COORDINATES = {  # by prediction
+    'velocity': Coordinates(
+        lambda p, t: torch.ones_like(t),
+        lambda p, t, u: u - t,
+        lambda p, t, u, part: t + part * (u - t),
+    ),
+    'data': Coordinates(
+        lambda p, t: p.sigma(t),
+        lambda p, t, u: p.alpha(u) - p.sigma(u) * p.alpha(t) / p.sigma(t),
+        _by_log_snr(torch.exp, torch.log),
+    ),
+    'noise': Coordinates(
+        lambda p, t: p.alpha(t),
+        lambda p, t, u: p.sigma(u) - p.alpha(u) * p.sigma(t) / p.alpha(t),
+        _by_log_snr(lambda l: (-l).exp(), lambda s: -s.log()),
+    ),
+    'flow': Coordinates(
+        lambda p, t: p.alpha(t) + p.sigma(t),
+        lambda p, t, u: (
+            p.alpha(u) - (p.alpha(u) + p.sigma(u)) * p.alpha(t) / (p.alpha(t) + p.sigma(t))
+        ),
+        _by_log_snr(torch.sigmoid, torch.logit),
+    ),
 }
+
 
 @dataclass(frozen=True, eq=False)
 class Solver:
     "A sampler as data: x_{k+1} = gain[k] x_k + sum_{j<=k} weights[k, j] field(x_j, nodes[j]); the result is x_K."
-    nodes: Tensor # evaluation times of the path, and the end time: float64 [K + 1]
-    weights: Tensor # step weights W, float64 [K, K], lower triangular, row k sums to span[k] (with `gains`: to anything)
-    name: str = 'solver' # what it is called in tables
-    steps: int = 0 # steps of the method; 0 = one evaluation a step
-    coordinates: str = 'velocity' # the prediction it integrates, a key of COORDINATES
-    path: NoisePath = LinearPath() # the path its nodes belong to
-    params: int = 0 # how many of its numbers were searched (0 = a classical rule)
-    provenance: dict = dataclass_field(default_factory=dict) # where the numbers come from: source, command, hashes
-    gains: Tensor | None = None # factor of the previous state in every step, float64 [K]; None = that of the coordinates, and rows must sum to the span; given: free, and so are the rows (arXiv 2403.01329)
+
+    nodes: Tensor  # evaluation times of the path, and the end time: float64 [K + 1]
+    weights: Tensor  # step weights W, float64 [K, K], lower triangular, row k sums to span[k] (with `gains`: to anything)
+    name: str = 'solver'  # what it is called in tables
+    steps: int = 0  # steps of the method; 0 = one evaluation a step
+    coordinates: str = 'velocity'  # the prediction it integrates, a key of COORDINATES
+    path: NoisePath = LinearPath()  # the path its nodes belong to
+    params: int = 0  # how many of its numbers were searched (0 = a classical rule)
+    provenance: dict = dataclass_field(
+        default_factory=dict
+    )  # where the numbers come from: source, command, hashes
+    gains: Tensor | None = (
+        None  # factor of the previous state in every step, float64 [K]; None = that of the coordinates, and rows must sum to the span; given: free, and so are the rows (arXiv 2403.01329)
+    )
 
     def __post_init__(self):
-        nodes, weights = (torch.as_tensor(v, dtype=torch.float64, device='cpu') for v in (self.nodes, self.weights))
-        nodes, weights = nodes + 0., weights + 0. # -0.0 becomes 0.0: equal tables have equal digests
-        object.__setattr__(self, 'nodes', nodes); object.__setattr__(self, 'weights', weights)
+        nodes, weights = (
+            torch.as_tensor(v, dtype=torch.float64, device='cpu')
+            for v in (self.nodes, self.weights)
+        )
+        nodes, weights = (
+            nodes + 0.0,
+            weights + 0.0,
+        )  # -0.0 becomes 0.0: equal tables have equal digests
+        object.__setattr__(self, 'nodes', nodes)
+        object.__setattr__(self, 'weights', weights)
         object.__setattr__(self, 'steps', self.steps or len(weights))
         check_choice('coordinates', self.coordinates, COORDINATES)
         n, w, K = nodes.detach(), weights.detach(), len(weights)
         if K < 1 or w.shape != (K, K) or n.shape != (K + 1,):
-            raise ValueError(f'nodes {list(n.shape)} and weights {list(w.shape)} do not fit: K evaluations need nodes [K + 1], weights [K, K].')
-        if not (n.isfinite().all() and w.isfinite().all()): raise ValueError('nodes and weights must be finite.')
-        if w.triu(1).any(): raise ValueError('weights must be lower triangular: a step can use past evaluations only.')
-        if self.gains is not None: # the rows are free
-            gains = torch.as_tensor(self.gains, dtype=torch.float64, device='cpu'); object.__setattr__(self, 'gains', gains); g = gains.detach()
-            if g.shape != (K,) or not (g.isfinite() & (g != 0)).all(): raise ValueError(f'gains must be K = {K} finite numbers other than 0; got {g.tolist()}.')
+            raise ValueError(
+                f'nodes {list(n.shape)} and weights {list(w.shape)} do not fit: K evaluations need nodes [K + 1], weights [K, K].'
+            )
+        if not (n.isfinite().all() and w.isfinite().all()):
+            raise ValueError('nodes and weights must be finite.')
+        if w.triu(1).any():
+            raise ValueError(
+                'weights must be lower triangular: a step can use past evaluations only.'
+            )
+        if self.gains is not None:  # the rows are free
+            gains = torch.as_tensor(self.gains, dtype=torch.float64, device='cpu')
+            object.__setattr__(self, 'gains', gains)
+            g = gains.detach()
+            if g.shape != (K,) or not (g.isfinite() & (g != 0)).all():
+                raise ValueError(
+                    f'gains must be K = {K} finite numbers other than 0; got {g.tolist()}.'
+                )
             return
         gap = (w.sum(1) - self.span.detach()).abs().max().item()
         if not gap <= 1e-9 * max(1, w.abs().max().item()):
-            raise ValueError(f'each row of weights must sum to the span of its step (a constant field is integrated exactly); off by {gap:.1e}.')
+            raise ValueError(
+                f'each row of weights must sum to the span of its step (a constant field is integrated exactly); off by {gap:.1e}.'
+            )
 
     @property
-    def nfe(self) -> int: "Number of evaluations of the (guided) field."; return len(self.weights)
+    def nfe(self) -> int:
+        "Number of evaluations of the (guided) field."
+        return len(self.weights)
+
     @property
-    def scale(self) -> Tensor: "c at every node, [K + 1]: the coordinates are y = x / c."; return COORDINATES[self.coordinates].scale(self.path, self.nodes)
+    def scale(self) -> Tensor:
+        "c at every node, [K + 1]: the coordinates are y = x / c."
+        return COORDINATES[self.coordinates].scale(self.path, self.nodes)
+
     @property
-    def consistent(self) -> bool: "Is a constant prediction integrated exactly, with the gain of the coordinates?"; return self.gains is None
+    def consistent(self) -> bool:
+        "Is a constant prediction integrated exactly, with the gain of the coordinates?"
+        return self.gains is None
+
     @property
-    def gain(self) -> Tensor: "Factor of the previous state in every step, [K]: `gains`, else c_{k+1} / c_k, which is 1 for velocity."; return self.scale[1:] / self.scale[:-1] if self.consistent else self.gains
+    def gain(self) -> Tensor:
+        "Factor of the previous state in every step, [K]: `gains`, else c_{k+1} / c_k, which is 1 for velocity."
+        return self.scale[1:] / self.scale[:-1] if self.consistent else self.gains
+
     @property
-    def span(self) -> Tensor: "What a prediction of 1 adds in every step, c_{k+1} (s_{k+1} - s_k), [K]."; return COORDINATES[self.coordinates].span(self.path, self.nodes[:-1], self.nodes[1:])
+    def span(self) -> Tensor:
+        "What a prediction of 1 adds in every step, c_{k+1} (s_{k+1} - s_k), [K]."
+        return COORDINATES[self.coordinates].span(self.path, self.nodes[:-1], self.nodes[1:])
+
     @property
-    def kept(self) -> Tensor: "Weight of y_k in y_{k+1}, gain c_k / c_{k+1}, [K]; 1 for a consistent solver."; return torch.ones_like(self.nodes[1:]) if self.consistent else self.gains * self.scale[:-1] / self.scale[1:]
+    def kept(self) -> Tensor:
+        "Weight of y_k in y_{k+1}, gain c_k / c_{k+1}, [K]; 1 for a consistent solver."
+        return (
+            torch.ones_like(self.nodes[1:])
+            if self.consistent
+            else self.gains * self.scale[:-1] / self.scale[1:]
+        )
+
     @property
-    def start(self) -> Tensor: "Weight of y_0 in y_1, ..., y_K, [K]; 1 for a consistent solver."; return self.kept.cumprod(0)
+    def start(self) -> Tensor:
+        "Weight of y_0 in y_1, ..., y_K, [K]; 1 for a consistent solver."
+        return self.kept.cumprod(0)
+
     @property
     def tableau(self) -> Tensor:
         "A of y_k = start y_0 + A q, [K, K]; row k - 1 belongs to y_k."
         rows = self.weights / self.scale[1:, None]
-        if self.consistent: return rows.cumsum(0)
+        if self.consistent:
+            return rows.cumsum(0)
         kept, A = self.kept, [rows[0]]
-        for k in range(1, self.nfe): A.append(kept[k] * A[-1] + rows[k])
+        for k in range(1, self.nfe):
+            A.append(kept[k] * A[-1] + rows[k])
         return torch.stack(A)
+
     @property
-    def growth(self) -> Tensor: "Factor from the state after every step to the result, [K]."; return torch.cat([self.gain[1:].flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.float64)])
+    def growth(self) -> Tensor:
+        "Factor from the state after every step to the result, [K]."
+        return torch.cat(
+            [self.gain[1:].flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.float64)]
+        )
+
     @property
-    def influence(self) -> Tensor: "How much each prediction moves the result, [K]: x_K = (product of the gains) x_0 + influence q."; return self.growth @ self.weights
+    def influence(self) -> Tensor:
+        "How much each prediction moves the result, [K]: x_K = (product of the gains) x_0 + influence q."
+        return self.growth @ self.weights
 
 # %% ../nbs/method/04_solvers.ipynb #15cbad98
 @patch
 def to_dict(self: Solver) -> dict:
     "Plain JSON-able content; Python floats keep all 64 bits."
-    return dict(name=self.name, steps=self.steps, nfe=self.nfe, coordinates=self.coordinates, params=self.params,
-                path=dict(name=next(n for n, c in PATHS.items() if type(self.path) is c), **asdict(self.path)), nodes=self.nodes.tolist(), weights=[row[:k + 1] for k, row in enumerate(self.weights.tolist())],
-                provenance=self.provenance, **({} if self.consistent else dict(gains=self.gains.tolist())))
+    return dict(
+        name=self.name,
+        steps=self.steps,
+        nfe=self.nfe,
+        coordinates=self.coordinates,
+        params=self.params,
+        path=dict(
+            name=next(n for n, c in PATHS.items() if type(self.path) is c), **asdict(self.path)
+        ),
+        nodes=self.nodes.tolist(),
+        weights=[row[: k + 1] for k, row in enumerate(self.weights.tolist())],
+        provenance=self.provenance,
+        **({} if self.consistent else dict(gains=self.gains.tolist())),
+    )
+
 
 @patch(cls_method=True)
 def from_dict(cls: Solver, d: dict) -> Solver:
     "The inverse of `to_dict`; a missing or malformed entry is a ValueError."
     try:
-        K = len(d['weights']); rows = [row + [0.] * (K - len(row)) for row in d['weights']]
+        K = len(d['weights'])
+        rows = [row + [0.0] * (K - len(row)) for row in d['weights']]
         fields = {k: d[k] for k in ('name', 'steps', 'coordinates', 'params', 'provenance')}
-        check_int('steps', d['steps']); check_int('params', d['params'], 0)
+        check_int('steps', d['steps'])
+        check_int('params', d['params'], 0)
         for key, kind in (('name', str), ('provenance', dict), ('path', dict)):
-            if not isinstance(d[key], kind): raise ValueError(f'{key}={d[key]!r} is not allowed: give a {kind.__name__}.')
-        if d.get('gains') is not None: fields['gains'] = torch.tensor(d['gains'], dtype=torch.float64)
-        path = dict(d['path']); fields['path'] = PATHS[path.pop('name')](**path)
-        return cls(torch.tensor(d['nodes'], dtype=torch.float64), torch.tensor(rows, dtype=torch.float64), **fields)
+            if not isinstance(d[key], kind):
+                raise ValueError(f'{key}={d[key]!r} is not allowed: give a {kind.__name__}.')
+        if d.get('gains') is not None:
+            fields['gains'] = torch.tensor(d['gains'], dtype=torch.float64)
+        path = dict(d['path'])
+        fields['path'] = PATHS[path.pop('name')](**path)
+        return cls(
+            torch.tensor(d['nodes'], dtype=torch.float64),
+            torch.tensor(rows, dtype=torch.float64),
+            **fields,
+        )
     except (KeyError, TypeError) as e:
-        raise ValueError(f'not a solver: {e!r}. A solver has name, steps, coordinates, path, params, nodes, weights, provenance, and gains if they are free.') from e
+        raise ValueError(
+            f'not a solver: {e!r}. A solver has name, steps, coordinates, path, params, nodes, weights, provenance, and gains if they are free.'
+        ) from e
+
 
 def save_solver(
-    solver: Solver, # any solver, searched or classical
-    path: str | os.PathLike, # JSON file; written atomically
+    solver: Solver,  # any solver, searched or classical
+    path: str | os.PathLike,  # JSON file; written atomically
 ):
     "Write a solver as JSON."
     write_json(path, solver.to_dict())
 
-DIGEST_UNIT, DIGEST_OFFSET = 1e-8, (3 - 5 ** .5) / 2
+
+DIGEST_UNIT, DIGEST_OFFSET = 1e-8, (3 - 5**0.5) / 2
+
 
 def _rounded(
-    numbers: Tensor, # any shape, float64
+    numbers: Tensor,  # any shape, float64
 ) -> list[int]:
     "Numbers as multiples of 1e-8: absolutely below 1, relatively above (arsinh)."
     # exp and log differ in their last bits from processor to processor, by 1e-13 at most here. The irrational
     # offset keeps simple fractions away from the edges of the intervals, so that only chance can put a number there.
-    return [math.floor(math.asinh(v) / DIGEST_UNIT + DIGEST_OFFSET) for v in numbers.detach().flatten().tolist()]
+    return [
+        math.floor(math.asinh(v) / DIGEST_UNIT + DIGEST_OFFSET)
+        for v in numbers.detach().flatten().tolist()
+    ]
+
 
 @patch(as_prop=True)
 def digest(self: Solver) -> str:
@@ -155,11 +270,13 @@ def digest(self: Solver) -> str:
 @patch
 def plot(
     self: Solver,
-    ax=None, # matplotlib axes; None = new
+    ax=None,  # matplotlib axes; None = new
 ):
     "Heat map of the weights per unit of span, W_kj / span_k: the paper's matrix M for one-evaluation-a-step methods."
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(.55 * self.nfe + 1, .55 * self.nfe + .6))[1]
+
+    if ax is None:
+        ax = plt.subplots(figsize=(0.55 * self.nfe + 1, 0.55 * self.nfe + 0.6))[1]
     span = self.span.detach()
     M = self.weights.detach() / torch.where(span == 0, 1, span)[:, None]
     K, limit = self.nfe, max(1.5, M.abs().max().item())
@@ -168,38 +285,67 @@ def plot(
     ax.imshow(shown, cmap='RdBu_r', norm=norm)
     for k in range(K):
         for j in range(k + 1):
-            if M[k, j]: ax.text(j, k, f'{M[k, j]:.2f}', ha='center', va='center', fontsize=6, color='w' if abs(norm(M[k, j].item()) - .5) > .3 else 'k')
-    ax.set(xticks=range(K), yticks=range(K), xlabel='evaluation $j$', ylabel='step $k$', title=f'{self.name}, NFE {K}')
+            if M[k, j]:
+                ax.text(
+                    j,
+                    k,
+                    f'{M[k, j]:.2f}',
+                    ha='center',
+                    va='center',
+                    fontsize=6,
+                    color='w' if abs(norm(M[k, j].item()) - 0.5) > 0.3 else 'k',
+                )
+    ax.set(
+        xticks=range(K),
+        yticks=range(K),
+        xlabel='evaluation $j$',
+        ylabel='step $k$',
+        title=f'{self.name}, NFE {K}',
+    )
     ax.spines[:].set_visible(False)
     return ax
 
 # %% ../nbs/method/04_solvers.ipynb #9fecb96a
 def sample(
-    field: Callable, # field(x [B, ...], t 0-d) -> the prediction that the solver's coordinates name, shaped like x; a `Field` is asked for it, so pass it bare
-    noise: Tensor, # initial state [B, ...], floating point
-    solver: Solver, # any solver
-    cond: Tensor | None = None, # labels or other conditions; if given, the field is called as field(x, t, cond)
-    trajectory: bool = False, # return every state Y_0..Y_K instead of the last one
-) -> Tensor: # final state, shaped like noise, or [K + 1, B, ...] with `trajectory`; dtype and device of the noise
+    field: Callable,  # field(x [B, ...], t 0-d) -> the prediction that the solver's coordinates name, shaped like x; a `Field` is asked for it, so pass it bare
+    noise: Tensor,  # initial state [B, ...], floating point
+    solver: Solver,  # any solver
+    cond: Tensor
+    | None = None,  # labels or other conditions; if given, the field is called as field(x, t, cond)
+    trajectory: bool = False,  # return every state Y_0..Y_K instead of the last one
+) -> Tensor:  # final state, shaped like noise, or [K + 1, B, ...] with `trajectory`; dtype and device of the noise
     "Integrate the field with exactly `solver.nfe` calls. Differentiable in noise, nodes, weights and gains. Keeps no state between calls."
-    if not isinstance(solver, Solver): raise ValueError(f'solver must be a Solver, not {type(solver).__name__}: try neuralsolver.euler(8).')
-    if not (isinstance(noise, Tensor) and noise.is_floating_point()): raise ValueError('noise must be a floating-point tensor [B, ...].')
+    if not isinstance(solver, Solver):
+        raise ValueError(
+            f'solver must be a Solver, not {type(solver).__name__}: try neuralsolver.euler(8).'
+        )
+    if not (isinstance(noise, Tensor) and noise.is_floating_point()):
+        raise ValueError('noise must be a floating-point tensor [B, ...].')
     field = field_on(field, solver.path, solver.coordinates)
     x = noise if noise.dtype == torch.float64 else noise.float()
     nodes, gain, weights = solver.nodes.to(x), solver.gain.to(x), solver.weights.to(x)
-    used = solver.weights.detach() != 0 if not solver.weights.requires_grad else torch.ones_like(solver.weights, dtype=torch.bool)
+    used = (
+        solver.weights.detach() != 0
+        if not solver.weights.requires_grad
+        else torch.ones_like(solver.weights, dtype=torch.bool)
+    )
     used = [[j for j in range(k + 1) if row[j]] for k, row in enumerate(used.tolist())]
     last_use = {j: k for k, row in enumerate(used) for j in row}
     args, history, states = () if cond is None else (cond,), {}, [x]
     for k in range(solver.nfe):
         prediction = field(x.to(noise.dtype), nodes[k], *args)
         if prediction.shape != x.shape:
-            raise ValueError(f'the field returned shape {list(prediction.shape)} for a state of shape {list(x.shape)}: they must be equal.')
+            raise ValueError(
+                f'the field returned shape {list(prediction.shape)} for a state of shape {list(x.shape)}: they must be equal.'
+            )
         history[k] = prediction.to(x.dtype)
-        if solver.coordinates != 'velocity' or not solver.consistent: x = gain[k] * x
-        for j in used[k]: x = torch.addcmul(x, history[j], weights[k, j])
+        if solver.coordinates != 'velocity' or not solver.consistent:
+            x = gain[k] * x
+        for j in used[k]:
+            x = torch.addcmul(x, history[j], weights[k, j])
         history = {j: v for j, v in history.items() if last_use.get(j, -1) > k}
-        if trajectory: states.append(x)
+        if trajectory:
+            states.append(x)
     return (torch.stack(states) if trajectory else x).to(noise.dtype)
 
 # %% ../nbs/method/04_solvers.ipynb #b7c2cf4c
@@ -207,91 +353,141 @@ def uniform_grid(steps: int) -> Tensor:
     "Times 0, 1/N, ..., 1: float64 [N + 1]."
     return torch.linspace(0, 1, check_int('steps', steps) + 1, dtype=torch.float64)
 
+
 def check_grid(
-    steps: int, # number of steps N >= 1
-    grid: Tensor | None, # N + 1 strictly monotone times, or None for the uniform grid
-) -> Tensor: # float64 [N + 1]
+    steps: int,  # number of steps N >= 1
+    grid: Tensor | None,  # N + 1 strictly monotone times, or None for the uniform grid
+) -> Tensor:  # float64 [N + 1]
     "A valid time grid for `steps` steps."
-    if grid is None: return uniform_grid(steps)
+    if grid is None:
+        return uniform_grid(steps)
     check_int('steps', steps)
-    grid = torch.as_tensor(grid, dtype=torch.float64); d = grid.diff()
+    grid = torch.as_tensor(grid, dtype=torch.float64)
+    d = grid.diff()
     if grid.shape != (steps + 1,) or not ((d > 0).all() or (d < 0).all()):
-        raise ValueError(f'grid must hold steps + 1 = {steps + 1} strictly monotone times; got {grid.tolist()}.')
+        raise ValueError(
+            f'grid must hold steps + 1 = {steps + 1} strictly monotone times; got {grid.tolist()}.'
+        )
     return grid
 
 # %% ../nbs/method/04_solvers.ipynb #5ef7bce0
 class Builder:
     "Collects the states of a method as rows over its evaluations, x = (c / c_0) x_0 + row q, and returns the `Solver`."
+
     def __init__(
         self,
-        t: float, # time of the initial state
-        coordinates: str = 'velocity', # a key of COORDINATES
-        path: NoisePath = LinearPath(), # where the times live
+        t: float,  # time of the initial state
+        coordinates: str = 'velocity',  # a key of COORDINATES
+        path: NoisePath = LinearPath(),  # where the times live
     ):
-        self.coordinates, self.path, self.form = check_choice('coordinates', coordinates, COORDINATES), path, COORDINATES[coordinates]
-        self.present, self.evaluated, self.weights, self.delta = (t, np.zeros(0)), [], [], None # states are (time, row)
-        if not self._of(self.form.scale, t) > 0: raise ValueError(f'{coordinates} coordinates are singular at t = {t:g} of {path}: give t_start inside it.')
+        self.coordinates, self.path, self.form = (
+            check_choice('coordinates', coordinates, COORDINATES),
+            path,
+            COORDINATES[coordinates],
+        )
+        self.present, self.evaluated, self.weights, self.delta = (
+            (t, np.zeros(0)),
+            [],
+            [],
+            None,
+        )  # states are (time, row)
+        if not self._of(self.form.scale, t) > 0:
+            raise ValueError(
+                f'{coordinates} coordinates are singular at t = {t:g} of {path}: give t_start inside it.'
+            )
 
-    def _of(self, f: Callable, *times: float) -> float: return f(self.path, *(torch.tensor(t, dtype=torch.float64) for t in times)).item()
-    def gain(self, t: float, u: float) -> float: "c(u) / c(t)."; return self._of(self.form.scale, u) / self._of(self.form.scale, t)
-    def span(self, t: float, u: float) -> float: "c(u) (s(u) - s(t))."; return self._of(self.form.span, t, u)
-    def between(self, t: float, u: float, part: float) -> float: "The time at which s has gone this part of the way from t to u."; return self._of(lambda *a: self.form.between(*a, part), t, u)
+    def _of(self, f: Callable, *times: float) -> float:
+        return f(self.path, *(torch.tensor(t, dtype=torch.float64) for t in times)).item()
+
+    def gain(self, t: float, u: float) -> float:
+        "c(u) / c(t)."
+        return self._of(self.form.scale, u) / self._of(self.form.scale, t)
+
+    def span(self, t: float, u: float) -> float:
+        "c(u) (s(u) - s(t))."
+        return self._of(self.form.span, t, u)
+
+    def between(self, t: float, u: float, part: float) -> float:
+        "The time at which s has gone this part of the way from t to u."
+        return self._of(lambda *a: self.form.between(*a, part), t, u)
 
     def evaluate(self) -> tuple:
         "Evaluate the field at the present state, which is returned."
-        if self.evaluated: self.weights.append(self.delta)
+        if self.evaluated:
+            self.weights.append(self.delta)
         self.evaluated.append(self.present)
         return self.present
 
     def move(
         self,
-        time: float, # time of the new state
-        weights: np.ndarray, # of the latest evaluations, oldest first; they sum to the span from the start
-        start: tuple | None = None, # state to step from; None = the present one
+        time: float,  # time of the new state
+        weights: np.ndarray,  # of the latest evaluations, oldest first; they sum to the span from the start
+        start: tuple | None = None,  # state to step from; None = the present one
     ):
         "The new present state: gain x_start + weights q."
         start, last, total = start or self.present, self.evaluated[-1], len(self.evaluated)
-        step = np.pad(weights, (total - len(weights), 0)); wide = lambda state: self.gain(state[0], time) * np.pad(state[1], (0, total - len(state[1])))
+        step = np.pad(weights, (total - len(weights), 0))
+        wide = lambda state: (
+            self.gain(state[0], time) * np.pad(state[1], (0, total - len(state[1])))
+        )
         row = wide(start) + step
         self.delta = step if start is last else row - wide(last)
         self.present = time, row
 
     def solver(self, name: str, steps: int) -> Solver:
         "The finished method; the present state is its result."
-        rows = [*self.weights, self.delta]; K = len(rows)
-        return Solver([t for t, _ in self.evaluated] + [self.present[0]], torch.from_numpy(np.stack([np.pad(r, (0, K - len(r))) for r in rows])),
-                      name, steps, self.coordinates, self.path)
+        rows = [*self.weights, self.delta]
+        K = len(rows)
+        return Solver(
+            [t for t, _ in self.evaluated] + [self.present[0]],
+            torch.from_numpy(np.stack([np.pad(r, (0, K - len(r))) for r in rows])),
+            name,
+            steps,
+            self.coordinates,
+            self.path,
+        )
 
 # %% ../nbs/method/04_solvers.ipynb #c3498d5d
-RUNGE_KUTTA = { # name: (c, a, b)
+RUNGE_KUTTA = {  # name: (c, a, b)
     'euler': ([0], [[]], [1]),
-    'midpoint': ([0, 1/2], [[], [1/2]], [0, 1]),
-    'heun': ([0, 1], [[], [1]], [1/2, 1/2]),
-    'rk4': ([0, 1/2, 1/2, 1], [[], [1/2], [0, 1/2], [0, 0, 1]], [1/6, 1/3, 1/3, 1/6]),
+    'midpoint': ([0, 1 / 2], [[], [1 / 2]], [0, 1]),
+    'heun': ([0, 1], [[], [1]], [1 / 2, 1 / 2]),
+    'rk4': (
+        [0, 1 / 2, 1 / 2, 1],
+        [[], [1 / 2], [0, 1 / 2], [0, 0, 1]],
+        [1 / 6, 1 / 3, 1 / 3, 1 / 6],
+    ),
 }
 
+
 def runge_kutta_step(
-    build: Builder, # at the state to step from
-    rule: str, # a name from RUNGE_KUTTA
-    u: float, # time to step to
+    build: Builder,  # at the state to step from
+    rule: str,  # a name from RUNGE_KUTTA
+    u: float,  # time to step to
 ):
     "One explicit Runge-Kutta step in the variable s of the coordinates."
-    c, a, b = RUNGE_KUTTA[rule]; t, start = build.present[0], build.present
-    for part, row in zip([*c[1:], 1], [*a[1:], b]): # evaluate, then move to the next stage, at last to the result
+    c, a, b = RUNGE_KUTTA[rule]
+    t, start = build.present[0], build.present
+    for part, row in zip(
+        [*c[1:], 1], [*a[1:], b]
+    ):  # evaluate, then move to the next stage, at last to the result
         build.evaluate()
         time = u if part == 1 else build.between(t, u, part)
         build.move(time, build.span(t, time) * np.array(row) / part, start)
 
+
 def runge_kutta(
-    rules: list[str], # one name from RUNGE_KUTTA for every step
-    grid: Tensor, # times [len(rules) + 1]
-    name: str, # name of the solver
-    coordinates: str = 'velocity', # a key of COORDINATES
-    path: NoisePath = LinearPath(), # where the times live
+    rules: list[str],  # one name from RUNGE_KUTTA for every step
+    grid: Tensor,  # times [len(rules) + 1]
+    name: str,  # name of the solver
+    coordinates: str = 'velocity',  # a key of COORDINATES
+    path: NoisePath = LinearPath(),  # where the times live
 ) -> Solver:
     "Explicit Runge-Kutta steps on a grid, one rule a step, as one tableau."
-    times = grid.tolist(); build = Builder(times[0], coordinates, path)
-    for rule, u in zip(rules, times[1:]): runge_kutta_step(build, rule, u)
+    times = grid.tolist()
+    build = Builder(times[0], coordinates, path)
+    for rule, u in zip(rules, times[1:]):
+        runge_kutta_step(build, rule, u)
     return build.solver(name, len(rules))
 
 # %% ../nbs/method/04_solvers.ipynb #7a4966b6
@@ -299,19 +495,25 @@ def euler(steps: int, grid: Tensor | None = None) -> Solver:
     "Euler's method (eq. 9), order 1; NFE = steps."
     return runge_kutta(['euler'] * check_int('steps', steps), check_grid(steps, grid), 'euler')
 
+
 def midpoint(steps: int, grid: Tensor | None = None) -> Solver:
     "Explicit midpoint rule, order 2; NFE = 2 x steps."
-    return runge_kutta(['midpoint'] * check_int('steps', steps), check_grid(steps, grid), 'midpoint')
+    return runge_kutta(
+        ['midpoint'] * check_int('steps', steps), check_grid(steps, grid), 'midpoint'
+    )
+
 
 def heun(
-    steps: int, # number of steps
-    grid: Tensor | None = None, # steps + 1 times; None = uniform
-    euler_end: bool = False, # last step Euler, as in EDM (arXiv 2206.00364, alg. 1): NFE = 2 x steps - 1
+    steps: int,  # number of steps
+    grid: Tensor | None = None,  # steps + 1 times; None = uniform
+    euler_end: bool = False,  # last step Euler, as in EDM (arXiv 2206.00364, alg. 1): NFE = 2 x steps - 1
 ) -> Solver:
     "Heun's method (explicit trapezoidal rule), order 2; NFE = 2 x steps."
     rules = ['heun'] * check_int('steps', steps)
-    if euler_end: rules[-1] = 'euler'
+    if euler_end:
+        rules[-1] = 'euler'
     return runge_kutta(rules, check_grid(steps, grid), 'heun')
+
 
 def rk4(steps: int, grid: Tensor | None = None) -> Solver:
     "The classical Runge-Kutta method, order 4; NFE = 4 x steps."
@@ -319,42 +521,61 @@ def rk4(steps: int, grid: Tensor | None = None) -> Solver:
 
 # %% ../nbs/method/04_solvers.ipynb #13824cde
 def lagrange_weights(
-    nodes: np.ndarray, # interpolation times [p]
-    a: float, # lower end of the integral
-    b: float, # upper end
-) -> np.ndarray: # integrals of the Lagrange basis polynomials over [a, b], [p]
+    nodes: np.ndarray,  # interpolation times [p]
+    a: float,  # lower end of the integral
+    b: float,  # upper end
+) -> np.ndarray:  # integrals of the Lagrange basis polynomials over [a, b], [p]
     "Pre-integrated Lagrange interpolation (eq. 11), by a Gauss-Legendre rule that is exact for this degree."
-    p = len(nodes); z, w = np.polynomial.legendre.leggauss((p + 1) // 2)
+    p = len(nodes)
+    z, w = np.polynomial.legendre.leggauss((p + 1) // 2)
     t = (a + b) / 2 + (b - a) / 2 * z
     others = [[m for m in range(p) if m != j] for j in range(p)]
-    basis = [np.prod([(t - nodes[m]) / (nodes[j] - nodes[m]) for m in o], axis=0) * np.ones_like(t) for j, o in enumerate(others)]
+    basis = [
+        np.prod([(t - nodes[m]) / (nodes[j] - nodes[m]) for m in o], axis=0) * np.ones_like(t)
+        for j, o in enumerate(others)
+    ]
     return (b - a) / 2 * np.array(basis) @ w
 
 # %% ../nbs/method/04_solvers.ipynb #8bde3d73
 def multistep(
-    grid: Tensor, # times [N + 1]
-    order: int, # evaluations used per step, 1 to 4
-    step_weights: Callable, # step_weights(times of the used evaluations [q], oldest first; a; b) -> weights [q] of the step from a to b
-    name: str, # name of the solver
-    start: str = 'low-order', # 'low-order': orders 1, 2, ... on the first steps; 'rk4': classical Runge-Kutta on the first order - 1 steps
-    finish: str = 'full', # 'full', or 'low-order': orders ..., 2, 1 on the last steps
-    coordinates: str = 'velocity', # a key of COORDINATES
-    path: NoisePath = LinearPath(), # where the times live
-    corrector: Callable | None = None, # like step_weights, but `used` ends with b: rewrites the state at b once it has been evaluated
+    grid: Tensor,  # times [N + 1]
+    order: int,  # evaluations used per step, 1 to 4
+    step_weights: Callable,  # step_weights(times of the used evaluations [q], oldest first; a; b) -> weights [q] of the step from a to b
+    name: str,  # name of the solver
+    start: str = 'low-order',  # 'low-order': orders 1, 2, ... on the first steps; 'rk4': classical Runge-Kutta on the first order - 1 steps
+    finish: str = 'full',  # 'full', or 'low-order': orders ..., 2, 1 on the last steps
+    coordinates: str = 'velocity',  # a key of COORDINATES
+    path: NoisePath = LinearPath(),  # where the times live
+    corrector: Callable
+    | None = None,  # like step_weights, but `used` ends with b: rewrites the state at b once it has been evaluated
 ) -> Solver:
     "A linear multistep method as one tableau."
-    check_choice('start', start, ['low-order', 'rk4']); check_choice('finish', finish, ['low-order', 'full']); check_int('order', order, 1, 4)
-    times, N = grid.tolist(), len(grid) - 1; at = [] # index of the evaluation at grid point i
-    seeded, build, previous = min(order - 1, N) if start == 'rk4' else 0, Builder(times[0], coordinates, path), None
+    check_choice('start', start, ['low-order', 'rk4'])
+    check_choice('finish', finish, ['low-order', 'full'])
+    check_int('order', order, 1, 4)
+    times, N = grid.tolist(), len(grid) - 1
+    at = []  # index of the evaluation at grid point i
+    seeded, build, previous = (
+        min(order - 1, N) if start == 'rk4' else 0,
+        Builder(times[0], coordinates, path),
+        None,
+    )
     for i in range(N):
         at.append(len(build.evaluated))
-        if i < seeded: runge_kutta_step(build, 'rk4', times[i + 1]); continue
+        if i < seeded:
+            runge_kutta_step(build, 'rk4', times[i + 1])
+            continue
         build.evaluate()
-        if corrector and previous: build.move(times[i], _spread(corrector, times, used + [i], at, previous[0], times[i]), previous)
+        if corrector and previous:
+            build.move(
+                times[i], _spread(corrector, times, used + [i], at, previous[0], times[i]), previous
+            )
         previous = build.present
-        q = min(order, i + 1, N - i if finish == 'low-order' else order); used = list(range(i + 1 - q, i + 1))
+        q = min(order, i + 1, N - i if finish == 'low-order' else order)
+        used = list(range(i + 1 - q, i + 1))
         build.move(times[i + 1], _spread(step_weights, times, used, at, times[i], times[i + 1]))
     return build.solver(name, N)
+
 
 def _spread(rule: Callable, times: list, used: list, at: list, a: float, b: float) -> np.ndarray:
     "The rule's weights at the places of their evaluations; the stages of a Runge-Kutta start lie in between and get none."
@@ -364,17 +585,19 @@ def _spread(rule: Callable, times: list, used: list, at: list, a: float, b: floa
 
 # %% ../nbs/method/04_solvers.ipynb #bb167ef2
 def adams_bashforth(
-    steps: int, # number of steps
-    order: int = 2, # 1 to 4
-    grid: Tensor | None = None, # steps + 1 strictly monotone times; None = uniform
-    start: str = 'low-order', # 'low-order' or 'rk4', see `multistep`
+    steps: int,  # number of steps
+    order: int = 2,  # 1 to 4
+    grid: Tensor | None = None,  # steps + 1 strictly monotone times; None = uniform
+    start: str = 'low-order',  # 'low-order' or 'rk4', see `multistep`
 ) -> Solver:
     "Adams-Bashforth with weights pre-integrated for the given grid (eqs. 10, 11); NFE = steps, plus 3 per RK4 starting step."
     return multistep(check_grid(steps, grid), order, lagrange_weights, f'ab{order}', start)
 
+
 def adam2(steps: int, grid: Tensor | None = None) -> Solver:
     "The paper's Adam2: Adams-Bashforth 2 after one Euler step, there on the uniform grid; NFE = steps."
     return replace(adams_bashforth(steps, 2, grid), name='adam2')
+
 
 def adam4(steps: int, grid: Tensor | None = None) -> Solver:
     "The paper's Adam4: orders 1, 2, 3, then Adams-Bashforth 4, there on the uniform grid; NFE = steps."
@@ -382,27 +605,55 @@ def adam4(steps: int, grid: Tensor | None = None) -> Solver:
 
 # %% ../nbs/method/04_solvers.ipynb #f2847168
 def change_path(
-    solver: Solver, # data, noise or flow coordinates; or velocity on the linear path
-    path: NoisePath, # the path to express it on
-) -> Solver: # the same method there; velocity becomes flow, and flow on the linear path velocity
+    solver: Solver,  # data, noise or flow coordinates; or velocity on the linear path
+    path: NoisePath,  # the path to express it on
+) -> Solver:  # the same method there; velocity becomes flow, and flow on the linear path velocity
     "Re-express a solver on another path at equal log-SNR; nodes beyond the ends of the new path are moved to its ends."
-    if path == solver.path: return solver
-    coordinates = 'flow' if solver.coordinates == 'velocity' and solver.path.coordinates == 'velocity' else solver.coordinates
+    if path == solver.path:
+        return solver
+    coordinates = (
+        'flow'
+        if solver.coordinates == 'velocity' and solver.path.coordinates == 'velocity'
+        else solver.coordinates
+    )
     if coordinates == 'velocity':
-        raise ValueError(f'velocity on {solver.path} depends on its clock and has no meaning on {path}: use a solver in data, noise or flow coordinates.')
-    own = solver.nodes.clamp(*sorted((solver.path.t_noise, solver.path.t_data))) # published time deltas sum to 1 up to rounding
+        raise ValueError(
+            f'velocity on {solver.path} depends on its clock and has no meaning on {path}: use a solver in data, noise or flow coordinates.'
+        )
+    own = solver.nodes.clamp(
+        *sorted((solver.path.t_noise, solver.path.t_data))
+    )  # published time deltas sum to 1 up to rounding
     nodes = solver.path.log_snr(own)
     ends = path.log_snr(torch.tensor([path.t_noise, path.t_end], dtype=torch.float64))
     nodes = path.time_of_log_snr(nodes.clamp(*ends))
     forward = nodes.diff() * (path.t_data - path.t_noise) > 0
     if not (forward | (solver.nodes.diff() == 0)).all():
-        raise ValueError(f'{solver.name} has several nodes beyond the ends of {path}: give a path that reaches further.')
+        raise ValueError(
+            f'{solver.name} has several nodes beyond the ends of {path}: give a path that reaches further.'
+        )
     target = 'velocity' if path.coordinates == 'velocity' and coordinates == 'flow' else coordinates
-    if not solver.consistent: # only the unit changes; by alpha and sigma together, as one of them may be 0 at an end
-        size = lambda p, n: torch.hypot(p.alpha(n), p.sigma(n)); unit = size(path, nodes) / size(solver.path, own)
-        return replace(solver, nodes=nodes, weights=solver.weights * unit[1:, None], gains=solver.gains * unit[1:] / unit[:-1], coordinates=target, path=path)
-    form, still = COORDINATES[coordinates], solver.nodes.diff() == 0 # stages at one time: their rows sum to 0, and only the unit changes
-    new, old = (form.span(p, n[:-1], n[1:]) for p, n in ((path, nodes), (solver.path, solver.nodes)))
+    if (
+        not solver.consistent
+    ):  # only the unit changes; by alpha and sigma together, as one of them may be 0 at an end
+        size = lambda p, n: torch.hypot(p.alpha(n), p.sigma(n))
+        unit = size(path, nodes) / size(solver.path, own)
+        return replace(
+            solver,
+            nodes=nodes,
+            weights=solver.weights * unit[1:, None],
+            gains=solver.gains * unit[1:] / unit[:-1],
+            coordinates=target,
+            path=path,
+        )
+    form, still = (
+        COORDINATES[coordinates],
+        solver.nodes.diff() == 0,
+    )  # stages at one time: their rows sum to 0, and only the unit changes
+    new, old = (
+        form.span(p, n[:-1], n[1:]) for p, n in ((path, nodes), (solver.path, solver.nodes))
+    )
     unit = form.scale(path, nodes) / form.scale(solver.path, solver.nodes)
-    weights = solver.weights * torch.where(still, unit[1:], new / torch.where(still, 1, old))[:, None]
+    weights = (
+        solver.weights * torch.where(still, unit[1:], new / torch.where(still, 1, old))[:, None]
+    )
     return replace(solver, nodes=nodes, weights=weights, coordinates=target, path=path)

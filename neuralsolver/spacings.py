@@ -16,43 +16,80 @@ from .utils import check_choice, check_float, check_int
 # %% ../nbs/method/05_spacings.ipynb #306d741d
 SPACINGS = ('time', 'log-snr', 'quadratic', 'karras', 'shifted')
 
-def _range(path: NoisePath) -> list[float]: # smallest and largest time of the path
-    return path.clamp(torch.tensor(sorted((path.t_noise, path.t_data)), dtype=torch.float64)).tolist()
 
-def _between(a, b, steps: int) -> Tensor: return torch.lerp(*(torch.as_tensor(v, dtype=torch.float64) for v in (a, b)), torch.linspace(0, 1, steps + 1, dtype=torch.float64))
+def _range(path: NoisePath) -> list[float]:  # smallest and largest time of the path
+    return path.clamp(
+        torch.tensor(sorted((path.t_noise, path.t_data)), dtype=torch.float64)
+    ).tolist()
+
+
+def _between(a, b, steps: int) -> Tensor:
+    return torch.lerp(
+        *(torch.as_tensor(v, dtype=torch.float64) for v in (a, b)),
+        torch.linspace(0, 1, steps + 1, dtype=torch.float64),
+    )
+
 
 def time_grid(
-    steps: int, # number of steps N >= 1
-    path: NoisePath = VPPath(), # where the times live
-    spacing: str | Tensor = 'time', # a name from SPACINGS, or the N + 1 nodes themselves
-    t_start: float | None = None, # first time; None = the path's noise
-    t_end: float | None = None, # last time; None = the path's t_end
-    rho: float = 7.0, # exponent of 'karras'
-    shift: float = 3.0, # of 'shifted'
-) -> Tensor: # strictly monotone times from t_start to t_end, float64 [N + 1]
+    steps: int,  # number of steps N >= 1
+    path: NoisePath = VPPath(),  # where the times live
+    spacing: str | Tensor = 'time',  # a name from SPACINGS, or the N + 1 nodes themselves
+    t_start: float | None = None,  # first time; None = the path's noise
+    t_end: float | None = None,  # last time; None = the path's t_end
+    rho: float = 7.0,  # exponent of 'karras'
+    shift: float = 3.0,  # of 'shifted'
+) -> Tensor:  # strictly monotone times from t_start to t_end, float64 [N + 1]
     "The evaluation times of N steps, and the end time."
     check_int('steps', steps)
-    if isinstance(spacing, (Tensor, Sequence, np.ndarray)) and not isinstance(spacing, str): return _given(steps, path, spacing)
-    check_choice('spacing', spacing, SPACINGS); check_float('rho', rho, 1e-3); check_float('shift', shift, 1e-6)
-    a, b = ((default if t is None else check_float(name, t, *_range(path))) for name, t, default in (('t_start', t_start, path.t_noise), ('t_end', t_end, path.t_end)))
-    if (b - a) * (path.t_data - path.t_noise) <= 0: raise ValueError(f't_start={a} must be nearer to noise (t = {path.t_noise}) than t_end={b}.')
-    ends = torch.tensor([a, b], dtype=torch.float64); left = (ends - path.t_data).abs() # what is left of the way to the data
+    if isinstance(spacing, (Tensor, Sequence, np.ndarray)) and not isinstance(spacing, str):
+        return _given(steps, path, spacing)
+    check_choice('spacing', spacing, SPACINGS)
+    check_float('rho', rho, 1e-3)
+    check_float('shift', shift, 1e-6)
+    a, b = (
+        (default if t is None else check_float(name, t, *_range(path)))
+        for name, t, default in (('t_start', t_start, path.t_noise), ('t_end', t_end, path.t_end))
+    )
+    if (b - a) * (path.t_data - path.t_noise) <= 0:
+        raise ValueError(
+            f't_start={a} must be nearer to noise (t = {path.t_noise}) than t_end={b}.'
+        )
+    ends = torch.tensor([a, b], dtype=torch.float64)
+    left = (ends - path.t_data).abs()  # what is left of the way to the data
     sign = 1 if path.t_noise > path.t_data else -1
-    if spacing == 'time': nodes = _between(a, b, steps)
-    elif spacing == 'quadratic': nodes = path.t_data + sign * _between(*left.sqrt(), steps) ** 2
+    if spacing == 'time':
+        nodes = _between(a, b, steps)
+    elif spacing == 'quadratic':
+        nodes = path.t_data + sign * _between(*left.sqrt(), steps) ** 2
     elif spacing == 'shifted':
-        tau = _between(*(left / (shift - (shift - 1) * left)), steps); nodes = path.t_data + sign * shift * tau / (1 + (shift - 1) * tau)
+        tau = _between(*(left / (shift - (shift - 1) * left)), steps)
+        nodes = path.t_data + sign * shift * tau / (1 + (shift - 1) * tau)
     else:
         log_snr = path.log_snr(ends)
-        if not log_snr.isfinite().all(): raise ValueError(f'spacing={spacing!r} needs a finite signal-to-noise ratio at both ends of {path}: give t_start and t_end inside it.')
-        power = lambda v: (-v / rho).exp() # (sigma / alpha)^(1 / rho)
-        nodes = path.time_of_log_snr(_between(*log_snr, steps) if spacing == 'log-snr' else -rho * _between(*power(log_snr), steps).log())
-    nodes[0], nodes[-1] = a, b # to the last bit
+        if not log_snr.isfinite().all():
+            raise ValueError(
+                f'spacing={spacing!r} needs a finite signal-to-noise ratio at both ends of {path}: give t_start and t_end inside it.'
+            )
+        power = lambda v: (-v / rho).exp()  # (sigma / alpha)^(1 / rho)
+        nodes = path.time_of_log_snr(
+            _between(*log_snr, steps)
+            if spacing == 'log-snr'
+            else -rho * _between(*power(log_snr), steps).log()
+        )
+    nodes[0], nodes[-1] = a, b  # to the last bit
     return nodes
+
 
 def _given(steps: int, path: NoisePath, nodes: Tensor) -> Tensor:
     "Given nodes, if they are a grid of this path."
-    nodes = torch.as_tensor(nodes, dtype=torch.float64); low, high = _range(path)
-    if nodes.shape != (steps + 1,) or not ((nodes.diff() * (path.t_data - path.t_noise) > 0).all() and low <= nodes.min() and nodes.max() <= high):
-        raise ValueError(f'spacing must be a name or steps + 1 = {steps + 1} times from noise (t = {path.t_noise}) to data (t = {path.t_data}) within [{low:g}, {high:g}], strictly monotone; got {nodes.tolist()}.')
+    nodes = torch.as_tensor(nodes, dtype=torch.float64)
+    low, high = _range(path)
+    if nodes.shape != (steps + 1,) or not (
+        (nodes.diff() * (path.t_data - path.t_noise) > 0).all()
+        and low <= nodes.min()
+        and nodes.max() <= high
+    ):
+        raise ValueError(
+            f'spacing must be a name or steps + 1 = {steps + 1} times from noise (t = {path.t_noise}) to data (t = {path.t_data}) within [{low:g}, {high:g}], strictly monotone; got {nodes.tolist()}.'
+        )
     return nodes

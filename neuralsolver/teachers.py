@@ -23,187 +23,368 @@ from .utils import check_int, write_json
 
 # %% ../nbs/method/08_teachers.ipynb #bdad1847
 def teacher_solver(
-    steps: int = 100, # steps L
-    path: NoisePath = LinearPath(), # where to integrate
+    steps: int = 100,  # steps L
+    path: NoisePath = LinearPath(),  # where to integrate
 ) -> Solver:
     "The paper's teachers, uniform in time: Euler on the linear path, DDIM from t = 0.999 on a variance-preserving one."
-    return euler(steps) if path.coordinates == 'velocity' else ddim(steps, path, t_start=path.t_start)
+    return (
+        euler(steps) if path.coordinates == 'velocity' else ddim(steps, path, t_start=path.t_start)
+    )
+
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
     "Trajectories of a many-step solver from a pool of noises."
-    noise: Tensor # initial states [M, ...]
-    cond: Tensor | None # conditions [M, ...]
-    solver: Solver # what made them: L evaluations, one a step, nodes [L + 1]
-    states: Tensor # states at its nodes [L + 1, M, ...], on any device; a view of a file if it was kept on disk
-    seconds: float = 0. # wall time of making them
 
-    def __len__(self) -> int: "Members of the pool M."; return len(self.noise)
+    noise: Tensor  # initial states [M, ...]
+    cond: Tensor | None  # conditions [M, ...]
+    solver: Solver  # what made them: L evaluations, one a step, nodes [L + 1]
+    states: Tensor  # states at its nodes [L + 1, M, ...], on any device; a view of a file if it was kept on disk
+    seconds: float = 0.0  # wall time of making them
+
+    def __len__(self) -> int:
+        "Members of the pool M."
+        return len(self.noise)
+
     @property
-    def ends(self) -> Tensor: "End points [M, ...]."; return self.states[-1]
+    def ends(self) -> Tensor:
+        "End points [M, ...]."
+        return self.states[-1]
+
     @property
-    def path(self) -> NoisePath: "Where they were integrated."; return self.solver.path
+    def path(self) -> NoisePath:
+        "Where they were integrated."
+        return self.solver.path
+
     @property
-    def evaluations(self) -> int: "Evaluations of the field that were spent on the pool."; return self.solver.nfe * len(self)
+    def evaluations(self) -> int:
+        "Evaluations of the field that were spent on the pool."
+        return self.solver.nfe * len(self)
+
     def __getitem__(self, index: slice | Tensor) -> 'Teacher':
         "The teacher of some members; its seconds are their share."
         noise = self.noise[index]
-        return replace(self, noise=noise, cond=None if self.cond is None else self.cond[index], states=self.states[:, index], seconds=self.seconds * len(noise) / len(self))
+        return replace(
+            self,
+            noise=noise,
+            cond=None if self.cond is None else self.cond[index],
+            states=self.states[:, index],
+            seconds=self.seconds * len(noise) / len(self),
+        )
 
 # %% ../nbs/method/08_teachers.ipynb #9e55a7a0
 @torch.no_grad()
 def teacher_trajectories(
-    field: Callable, # field(x, t) or field(x, t, cond) -> what the solver's coordinates say: velocity on the linear path, else data
-    noise: Tensor, # initial states [M, ...]
-    cond: Tensor | None = None, # conditions [M, ...]
-    steps: int = 100, # steps L of the paper's teacher
-    path: NoisePath | None = None, # where to integrate; None = `field.path`, or LinearPath()
-    batch_size: int = 250, # states integrated at a time
-    store: str | torch.device | None = None, # where they are kept, for example 'cpu' beside a network on a GPU; None = with the noise
-    solver: Solver | None = None, # another teacher, one evaluation a step; None = `teacher_solver(steps, path)`
-    folder: str | os.PathLike | None = None, # where they are kept on disk, and found again
-    progress: bool = True, # tqdm progress bar
+    field: Callable,  # field(x, t) or field(x, t, cond) -> what the solver's coordinates say: velocity on the linear path, else data
+    noise: Tensor,  # initial states [M, ...]
+    cond: Tensor | None = None,  # conditions [M, ...]
+    steps: int = 100,  # steps L of the paper's teacher
+    path: NoisePath | None = None,  # where to integrate; None = `field.path`, or LinearPath()
+    batch_size: int = 250,  # states integrated at a time
+    store: str
+    | torch.device
+    | None = None,  # where they are kept, for example 'cpu' beside a network on a GPU; None = with the noise
+    solver: Solver
+    | None = None,  # another teacher, one evaluation a step; None = `teacher_solver(steps, path)`
+    folder: str | os.PathLike | None = None,  # where they are kept on disk, and found again
+    progress: bool = True,  # tqdm progress bar
 ) -> Teacher:
     "Integrate the teacher of Alg. 2 for a pool of noises; resumable with `folder`."
     solver = solver or teacher_solver(check_int('teacher', steps), path or path_of(field))
-    if not isinstance(noise, Tensor) or len(noise) < 1: raise ValueError('noise must be a pool of initial states [M, ...].')
-    if cond is not None and len(cond) != len(noise): raise ValueError(f'cond has {len(cond)} rows for {len(noise)} noises: they must be equal.')
-    if not solver.consistent or not (solver.span != 0).all() or not (solver.weights.diagonal() != 0).all(): raise ValueError(f'{solver.name!r} cannot be a teacher: every step must be consistent, move, and use its newest evaluation (euler, ddim, adams_bashforth).')
-    check_int('batch_size', batch_size); shape = len(noise), solver.nfe + 1, *noise.shape[1:]
-    out = _File(folder, shape, noise.dtype, trajectory_identity(field, noise, cond, solver)) if folder else _Memory(torch.empty(shape, dtype=noise.dtype, device=store or noise.device))
-    bar = tqdm(total=len(noise), initial=out.done, desc=f'teacher {solver.name}-{solver.nfe}', disable=not progress or out.done == len(noise), unit='trajectories')
+    if not isinstance(noise, Tensor) or len(noise) < 1:
+        raise ValueError('noise must be a pool of initial states [M, ...].')
+    if cond is not None and len(cond) != len(noise):
+        raise ValueError(f'cond has {len(cond)} rows for {len(noise)} noises: they must be equal.')
+    if (
+        not solver.consistent
+        or not (solver.span != 0).all()
+        or not (solver.weights.diagonal() != 0).all()
+    ):
+        raise ValueError(
+            f'{solver.name!r} cannot be a teacher: every step must be consistent, move, and use its newest evaluation (euler, ddim, adams_bashforth).'
+        )
+    check_int('batch_size', batch_size)
+    shape = len(noise), solver.nfe + 1, *noise.shape[1:]
+    out = (
+        _File(folder, shape, noise.dtype, trajectory_identity(field, noise, cond, solver))
+        if folder
+        else _Memory(torch.empty(shape, dtype=noise.dtype, device=store or noise.device))
+    )
+    bar = tqdm(
+        total=len(noise),
+        initial=out.done,
+        desc=f'teacher {solver.name}-{solver.nfe}',
+        disable=not progress or out.done == len(noise),
+        unit='trajectories',
+    )
     try:
         while out.done < len(noise):
             p, start = slice(out.done, out.done + batch_size), time.perf_counter()
             x = sample(field, noise[p], solver, None if cond is None else cond[p], trajectory=True)
-            out.put(p, x.transpose(0, 1), time.perf_counter() - start); bar.update(x.shape[1])
-    finally: bar.close(); out.close()
+            out.put(p, x.transpose(0, 1), time.perf_counter() - start)
+            bar.update(x.shape[1])
+    finally:
+        bar.close()
+        out.close()
     return Teacher(noise, cond, solver, out.states.transpose(0, 1), out.seconds)
 
 # %% ../nbs/method/08_teachers.ipynb #7585db98
 @torch.no_grad()
 def trajectory_identity(
-    field: Callable, # as in `teacher_trajectories`
-    noise: Tensor, # initial states [M, ...]
-    cond: Tensor | None, # conditions [M, ...]
-    solver: Solver, # of the teacher
-) -> dict: # JSON-able; compare with `what_differs`
+    field: Callable,  # as in `teacher_trajectories`
+    noise: Tensor,  # initial states [M, ...]
+    cond: Tensor | None,  # conditions [M, ...]
+    solver: Solver,  # of the teacher
+) -> dict:  # JSON-able; compare with `what_differs`
     "What trajectories depend on: solver, pool, and how the field answers to four members at the first, middle and last node."
-    some = sorted({0, 1 % len(noise), len(noise) - 1, len(noise) // 2}); nodes, answers = solver.nodes, []
+    some = sorted({0, 1 % len(noise), len(noise) - 1, len(noise) // 2})
+    nodes, answers = solver.nodes, []
     for l in (0, solver.nfe // 2, solver.nfe - 1):
-        span = COORDINATES[solver.coordinates].span(solver.path, nodes[l:l + 1], nodes[l + 1:l + 2])
-        one = replace(solver, nodes=nodes[l:l + 2], weights=span[:, None], gains=None, steps=1) # one step, from the noise itself: it only has to be told from others
-        answers.append(((sample(field, noise[some], one, None if cond is None else cond[some]) - noise[some]).double().flatten(1).square().mean(1).sqrt() / span.abs().item()).tolist())
-    digest = lambda v: hashlib.sha256(v.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
-    return dict(solver=solver.digest, shape=list(noise.shape), noise=digest(noise), conditions=None if cond is None else digest(cond), field=answers)
+        span = COORDINATES[solver.coordinates].span(
+            solver.path, nodes[l : l + 1], nodes[l + 1 : l + 2]
+        )
+        one = replace(
+            solver, nodes=nodes[l : l + 2], weights=span[:, None], gains=None, steps=1
+        )  # one step, from the noise itself: it only has to be told from others
+        answers.append(
+            (
+                (
+                    sample(field, noise[some], one, None if cond is None else cond[some])
+                    - noise[some]
+                )
+                .double()
+                .flatten(1)
+                .square()
+                .mean(1)
+                .sqrt()
+                / span.abs().item()
+            ).tolist()
+        )
+    digest = lambda v: hashlib.sha256(v.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[
+        :16
+    ]
+    return dict(
+        solver=solver.digest,
+        shape=list(noise.shape),
+        noise=digest(noise),
+        conditions=None if cond is None else digest(cond),
+        field=answers,
+    )
+
 
 def what_differs(one: dict, two: dict) -> list[str]:
     "Keys in which two identities differ; numbers up to 1e-4, as they depend on the number of threads."
-    close = lambda a, b: all(map(close, a, b)) and len(a) == len(b) if isinstance(a, list) and isinstance(b, list) else abs(a - b) <= 1e-4 * max(abs(a), abs(b)) if isinstance(a, float) and isinstance(b, float) else a == b
+    close = lambda a, b: (
+        all(map(close, a, b)) and len(a) == len(b)
+        if isinstance(a, list) and isinstance(b, list)
+        else abs(a - b) <= 1e-4 * max(abs(a), abs(b))
+        if isinstance(a, float) and isinstance(b, float)
+        else a == b
+    )
     return [k for k in {**one, **two} if not (k in one and k in two and close(one[k], two[k]))]
+
 
 class _Memory:
     "States in memory."
-    def __init__(self, states: Tensor): self.states, self.done, self.seconds = states, 0, 0.
+
+    def __init__(self, states: Tensor):
+        self.states, self.done, self.seconds = states, 0, 0.0
+
     def put(self, rows: slice, x: Tensor, seconds: float):
-        self.states[rows] = x.to(self.states.device); self.done += len(x); self.seconds += seconds
-    def close(self): pass
+        self.states[rows] = x.to(self.states.device)
+        self.done += len(x)
+        self.seconds += seconds
+
+    def close(self):
+        pass
+
 
 class _File:
     "States in a folder: states.npy [M, L + 1, ...], and card.json that says how many are there. One process writes, others wait for it."
+
     def __init__(self, folder, shape, dtype, identity):
-        self.folder, self.identity, self.done, self.seconds = Path(folder), identity, 0, 0.
+        self.folder, self.identity, self.done, self.seconds = Path(folder), identity, 0, 0.0
         file, card = self.folder / 'states.npy', self.folder / 'card.json'
-        self.folder.mkdir(parents=True, exist_ok=True); self.lock = open(self.folder / '.lock', 'w'); fcntl.flock(self.lock, fcntl.LOCK_EX)
-        try: known = json.loads(card.read_text()) if card.exists() else None
-        except ValueError as e: self.close(); raise ValueError(f'{card} is damaged ({e}): delete {folder}.') from e
-        if known and (differ := what_differs(known['identity'], identity)):
-            self.close(); raise ValueError(f'{folder} holds trajectories of another teacher ({", ".join(differ)} differ): name another folder, or delete this one.')
-        kind = np.dtype(str(dtype).removeprefix('torch.')) # float16, float32 or float64
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / '.lock', 'w')
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
         try:
-            if known and ((done := known['done']) not in range(shape[0] + 1) or (done == shape[0]) != ('ends_sha256' in known)): raise ValueError(f'{card} counts {done} of {shape[0]} trajectories, which cannot be: delete {folder}.')
+            known = json.loads(card.read_text()) if card.exists() else None
+        except ValueError as e:
+            self.close()
+            raise ValueError(f'{card} is damaged ({e}): delete {folder}.') from e
+        if known and (differ := what_differs(known['identity'], identity)):
+            self.close()
+            raise ValueError(
+                f'{folder} holds trajectories of another teacher ({", ".join(differ)} differ): name another folder, or delete this one.'
+            )
+        kind = np.dtype(str(dtype).removeprefix('torch.'))  # float16, float32 or float64
+        try:
+            if known and (
+                (done := known['done']) not in range(shape[0] + 1)
+                or (done == shape[0]) != ('ends_sha256' in known)
+            ):
+                raise ValueError(
+                    f'{card} counts {done} of {shape[0]} trajectories, which cannot be: delete {folder}.'
+                )
             if known and file.exists():
-                try: self.array = np.load(file, mmap_mode='c') # a finished file is not written to: changes stay in memory
-                except (ValueError, EOFError) as e: raise ValueError(f'{file} is damaged ({e}): delete {folder}.') from e
-                if (self.array.shape, self.array.dtype) != (shape, kind): raise ValueError(f'{file} is {self.array.dtype} {list(self.array.shape)}, not {kind} {list(shape)}: delete {folder}.')
+                try:
+                    self.array = np.load(
+                        file, mmap_mode='c'
+                    )  # a finished file is not written to: changes stay in memory
+                except (ValueError, EOFError) as e:
+                    raise ValueError(f'{file} is damaged ({e}): delete {folder}.') from e
+                if (self.array.shape, self.array.dtype) != (shape, kind):
+                    raise ValueError(
+                        f'{file} is {self.array.dtype} {list(self.array.shape)}, not {kind} {list(shape)}: delete {folder}.'
+                    )
                 self.done, self.seconds = known['done'], known['seconds']
-                if self.done == shape[0] and self._hash() != known['ends_sha256']: raise ValueError(f'{file} is damaged: its end points have another hash than card.json says. Delete {folder}.')
-                if self.done < shape[0]: self.array = np.load(file, mmap_mode='r+')
-            else: self.array = np.lib.format.open_memmap(file, 'w+', kind, shape)
-        except ValueError: self.close(); raise
+                if self.done == shape[0] and self._hash() != known['ends_sha256']:
+                    raise ValueError(
+                        f'{file} is damaged: its end points have another hash than card.json says. Delete {folder}.'
+                    )
+                if self.done < shape[0]:
+                    self.array = np.load(file, mmap_mode='r+')
+            else:
+                self.array = np.lib.format.open_memmap(file, 'w+', kind, shape)
+        except ValueError:
+            self.close()
+            raise
         self.states = torch.from_numpy(self.array)
 
-    def _hash(self) -> str: return hashlib.sha256(np.ascontiguousarray(self.array[:, -1]).tobytes()).hexdigest()
-    def close(self): "Let others in."; self.lock.close()
+    def _hash(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.array[:, -1]).tobytes()).hexdigest()
+
+    def close(self):
+        "Let others in."
+        self.lock.close()
+
     def put(self, rows: slice, x: Tensor, seconds: float):
-        self.states[rows] = x.cpu(); self.array.flush(); self.done += len(x); self.seconds += seconds
+        self.states[rows] = x.cpu()
+        self.array.flush()
+        self.done += len(x)
+        self.seconds += seconds
         finished = dict(ends_sha256=self._hash()) if self.done == len(self.array) else {}
-        write_json(self.folder / 'card.json', dict(identity=self.identity, done=self.done, seconds=self.seconds, **finished))
-        if finished: self.array = np.load(self.folder / 'states.npy', mmap_mode='c'); self.states = torch.from_numpy(self.array)
+        write_json(
+            self.folder / 'card.json',
+            dict(identity=self.identity, done=self.done, seconds=self.seconds, **finished),
+        )
+        if finished:
+            self.array = np.load(self.folder / 'states.npy', mmap_mode='c')
+            self.states = torch.from_numpy(self.array)
 
 # %% ../nbs/method/08_teachers.ipynb #8aa201f0
 @patch
 def slopes(
     self: Teacher,
-    index: slice | Tensor = slice(None), # members of the pool
-) -> Tensor: # predictions at the first L nodes, in the solver's coordinates [L, B, ...]
+    index: slice | Tensor = slice(None),  # members of the pool
+) -> Tensor:  # predictions at the first L nodes, in the solver's coordinates [L, B, ...]
     "The teacher's evaluations, recovered from its states."
-    x = self.states[:, index]; gain, W = self.solver.gain, self.solver.weights; q = torch.empty_like(x[1:])
+    x = self.states[:, index]
+    gain, W = self.solver.gain, self.solver.weights
+    q = torch.empty_like(x[1:])
     for l in range(self.solver.nfe):
         rest = x[l + 1] - gain[l].item() * x[l]
-        for j in W[l, :l].nonzero()[:, 0].tolist(): rest = rest - W[l, j].item() * q[j]
+        for j in W[l, :l].nonzero()[:, 0].tolist():
+            rest = rest - W[l, j].item() * q[j]
         q[l] = rest / W[l, l].item()
     return q
+
 
 @patch
 def at(
     self: Teacher,
-    times: Tensor, # times of the path [K], inside the teacher's range up to 1e-9; may require gradients
-    index: slice | Tensor = slice(None), # members of the pool
-) -> Tensor: # states [K, B, ...] on the noise's device
+    times: Tensor,  # times of the path [K], inside the teacher's range up to 1e-9; may require gradients
+    index: slice | Tensor = slice(None),  # members of the pool
+) -> Tensor:  # states [K, B, ...] on the noise's device
     "Dense output: the states at any times, differentiable in them."
     nodes, form = self.solver.nodes, COORDINATES[self.solver.coordinates]
-    way = (times.to(nodes) - nodes[0]) / (nodes[-1] - nodes[0]) # 0 to 1 in the direction of sampling
-    if not len(times): return self.noise[index][None][:0]
-    if way.min() < -1e-9 or way.max() > 1 + 1e-9: raise ValueError(f'times={times.tolist()} leave the range of the teacher, {nodes[0]:g} to {nodes[-1]:g}.')
-    l = (torch.searchsorted((nodes - nodes[0]) / (nodes[-1] - nodes[0]), way.detach().contiguous(), right=True) - 1).clamp(0, self.solver.nfe - 1)
+    way = (times.to(nodes) - nodes[0]) / (
+        nodes[-1] - nodes[0]
+    )  # 0 to 1 in the direction of sampling
+    if not len(times):
+        return self.noise[index][None][:0]
+    if way.min() < -1e-9 or way.max() > 1 + 1e-9:
+        raise ValueError(
+            f'times={times.tolist()} leave the range of the teacher, {nodes[0]:g} to {nodes[-1]:g}.'
+        )
+    l = (
+        torch.searchsorted(
+            (nodes - nodes[0]) / (nodes[-1] - nodes[0]), way.detach().contiguous(), right=True
+        )
+        - 1
+    ).clamp(0, self.solver.nfe - 1)
     a, b, t = nodes[l], nodes[l + 1], times.to(nodes)
-    scale = lambda u: form.scale(self.path, u); rise = lambda u, v: form.span(self.path, u, v) / scale(v) # s(v) - s(u)
-    ds = rise(a, b); part = rise(a, t) / ds
-    q = self._slopes_at(l, index); wide = lambda v: v.to(q).view(-1, *[1] * (q[0].ndim - 1))
-    y0, y1 = self._states_at(l, index).to(q) / wide(scale(a)), self._states_at(l + 1, index).to(q) / wide(scale(b))
-    p, h = wide(part), wide(ds); d0 = h * q[0]
+    scale = lambda u: form.scale(self.path, u)
+    rise = lambda u, v: form.span(self.path, u, v) / scale(v)  # s(v) - s(u)
+    ds = rise(a, b)
+    part = rise(a, t) / ds
+    q = self._slopes_at(l, index)
+    wide = lambda v: v.to(q).view(-1, *[1] * (q[0].ndim - 1))
+    y0, y1 = (
+        self._states_at(l, index).to(q) / wide(scale(a)),
+        self._states_at(l + 1, index).to(q) / wide(scale(b)),
+    )
+    p, h = wide(part), wide(ds)
+    d0 = h * q[0]
     d1 = torch.where(wide(l + 1 == self.solver.nfe).bool(), 2 * (y1 - y0) - d0, h * q[1])
-    y = y0 + p * (d0 + p * (3 * (y1 - y0) - 2 * d0 - d1 + p * (d0 + d1 - 2 * (y1 - y0)))) # the cubic in powers of theta
+    y = y0 + p * (
+        d0 + p * (3 * (y1 - y0) - 2 * d0 - d1 + p * (d0 + d1 - 2 * (y1 - y0)))
+    )  # the cubic in powers of theta
     return y * wide(scale(t))
+
 
 @patch
 def _states_at(self: Teacher, l: Tensor, index) -> Tensor:
     "States at nodes l of some members only [K, B, ...]: a pool in a file is not read as a whole."
-    return self.states[l.to(self.states.device)[:, None], index] if isinstance(index, Tensor) else self.states[:, index][l.to(self.states.device)]
+    return (
+        self.states[l.to(self.states.device)[:, None], index]
+        if isinstance(index, Tensor)
+        else self.states[:, index][l.to(self.states.device)]
+    )
+
 
 @patch
 def _slopes_at(self: Teacher, l: Tensor, index) -> Tensor:
     "Predictions at nodes l and l + 1, [2, K, B, ...]; a step that uses its newest evaluation only needs no recursion."
-    both = torch.stack([l, (l + 1).clamp(max=self.solver.nfe - 1)]); W = self.solver.weights
-    if W.tril(-1).any(): return self.slopes(index)[both].to(self.noise.device)
-    flat = both.flatten(); q = self._states_at(flat + 1, index) - self._states_at(flat, index) * self.solver.gain[flat].to(self.states).view(-1, *[1] * (self.states.ndim - 1))
-    return (q / W.diagonal()[flat].to(q).view(-1, *[1] * (q.ndim - 1))).unflatten(0, both.shape).to(self.noise.device)
+    both = torch.stack([l, (l + 1).clamp(max=self.solver.nfe - 1)])
+    W = self.solver.weights
+    if W.tril(-1).any():
+        return self.slopes(index)[both].to(self.noise.device)
+    flat = both.flatten()
+    q = self._states_at(flat + 1, index) - self._states_at(flat, index) * self.solver.gain[flat].to(
+        self.states
+    ).view(-1, *[1] * (self.states.ndim - 1))
+    return (
+        (q / W.diagonal()[flat].to(q).view(-1, *[1] * (q.ndim - 1)))
+        .unflatten(0, both.shape)
+        .to(self.noise.device)
+    )
 
 # %% ../nbs/method/08_teachers.ipynb #415f6cea
 @torch.no_grad()
 def teacher_error(
-    field: Callable, # as in `teacher_trajectories`
-    teacher: Teacher, # an even number of steps
-    members: int = 64, # of the pool that are integrated again
-    order: int = 1, # order p of its solver
-    coarse: Solver | None = None, # the same rule with half the steps; None = every other node, one evaluation a step (Euler, DDIM)
-) -> float: # estimated end-point RMSE of the teacher, over all elements
+    field: Callable,  # as in `teacher_trajectories`
+    teacher: Teacher,  # an even number of steps
+    members: int = 64,  # of the pool that are integrated again
+    order: int = 1,  # order p of its solver
+    coarse: Solver
+    | None = None,  # the same rule with half the steps; None = every other node, one evaluation a step (Euler, DDIM)
+) -> float:  # estimated end-point RMSE of the teacher, over all elements
     "Richardson's estimate of the teacher's own error."
-    few = teacher[:check_int('members', members)]
+    few = teacher[: check_int('members', members)]
     if coarse is None:
         s = teacher.solver
-        if s.weights.tril(-1).any() or s.nfe % 2: raise ValueError(f'{s.name}-{s.nfe}: give `coarse`, the same rule with half the steps; only Euler and DDIM with an even number of steps are halved here.')
-        nodes = s.nodes[::2]; coarse = replace(s, nodes=nodes, weights=torch.diag(COORDINATES[s.coordinates].span(s.path, nodes[:-1], nodes[1:])), steps=s.nfe // 2)
+        if s.weights.tril(-1).any() or s.nfe % 2:
+            raise ValueError(
+                f'{s.name}-{s.nfe}: give `coarse`, the same rule with half the steps; only Euler and DDIM with an even number of steps are halved here.'
+            )
+        nodes = s.nodes[::2]
+        coarse = replace(
+            s,
+            nodes=nodes,
+            weights=torch.diag(COORDINATES[s.coordinates].span(s.path, nodes[:-1], nodes[1:])),
+            steps=s.nfe // 2,
+        )
     gap = sample(field, few.noise, coarse, few.cond) - few.ends.to(few.noise.device)
     return gap.double().square().mean().sqrt().item() / (2 ** check_int('order', order, 1) - 1)

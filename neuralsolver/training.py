@@ -21,94 +21,149 @@ from .utils import check_choice, check_float, check_int
 
 # %% ../nbs/models/02_training.ipynb #2a565463
 def regression_target(
-    path: NoisePath, # the interpolation
-    prediction: str, # what the network predicts, one of PREDICTIONS
-    data: Tensor, # x_1 [B, ...]
-    noise: Tensor, # epsilon [B, ...]
-    t: Tensor, # [B], in the path's time
-) -> Tensor: # [B, ...]
+    path: NoisePath,  # the interpolation
+    prediction: str,  # what the network predicts, one of PREDICTIONS
+    data: Tensor,  # x_1 [B, ...]
+    noise: Tensor,  # epsilon [B, ...]
+    t: Tensor,  # [B], in the path's time
+) -> Tensor:  # [B, ...]
     "What a network of this prediction should return at x_t."
     check_choice('prediction', prediction, PREDICTIONS)
-    if prediction == 'velocity': return path.velocity(data, noise, t)
+    if prediction == 'velocity':
+        return path.velocity(data, noise, t)
     return dict(data=data, noise=noise, flow=data - noise)[prediction]
 
+
 def regression_loss(
-    net: nn.Module, # net(x [B, ...], t [B], y [B]) -> [B, ...]; told `net.network_time` of NETWORK_TIMES, or the path's time
-    path: NoisePath, # the interpolation
-    prediction: str, # what the network predicts
-    data: Tensor, # x_1 [B, ...], in [-1, 1]
-    noise: Tensor, # epsilon [B, ...]
-    t: Tensor, # [B], in the path's time
-    labels: Tensor, # int64 [B]; a network in training mode drops some of them itself
-) -> Tensor: # scalar: mean over batch and elements
+    net: nn.Module,  # net(x [B, ...], t [B], y [B]) -> [B, ...]; told `net.network_time` of NETWORK_TIMES, or the path's time
+    path: NoisePath,  # the interpolation
+    prediction: str,  # what the network predicts
+    data: Tensor,  # x_1 [B, ...], in [-1, 1]
+    noise: Tensor,  # epsilon [B, ...]
+    t: Tensor,  # [B], in the path's time
+    labels: Tensor,  # int64 [B]; a network in training mode drops some of them itself
+) -> Tensor:  # scalar: mean over batch and elements
     "Mean squared error of the prediction at x_t (eq. 6)."
-    t = path.clamp(t); told = NETWORK_TIMES[getattr(net, 'network_time', 't')](path, t)
-    return (net(path.interpolate(data, noise, t), told, labels) - regression_target(path, prediction, data, noise, t)).square().mean()
+    t = path.clamp(t)
+    told = NETWORK_TIMES[getattr(net, 'network_time', 't')](path, t)
+    return (
+        (
+            net(path.interpolate(data, noise, t), told, labels)
+            - regression_target(path, prediction, data, noise, t)
+        )
+        .square()
+        .mean()
+    )
 
 # %% ../nbs/models/02_training.ipynb #e178b85e
 def learning_rate(
-    step: int, # 0 .. steps - 1
-    steps: int, # steps of the whole training
-    peak: float, # learning rate at the top
-    warmup: int, # steps of linear rise, >= 1
+    step: int,  # 0 .. steps - 1
+    steps: int,  # steps of the whole training
+    peak: float,  # learning rate at the top
+    warmup: int,  # steps of linear rise, >= 1
 ) -> float:
     "Linear warm-up times linear decay to zero."
     return peak * min(1, (step + 1) / warmup) * (1 - step / steps)
 
+
 @torch.no_grad()
 def update_average(
-    average: dict[str, Tensor], # moving average of the state dict, changed in place
-    net: nn.Module, # the network after its step
-    step: int, # 0 .. steps - 1
-    decay: float, # largest decay
+    average: dict[str, Tensor],  # moving average of the state dict, changed in place
+    net: nn.Module,  # the network after its step
+    step: int,  # 0 .. steps - 1
+    decay: float,  # largest decay
 ):
     "One step of the exponential moving average, with decay min(decay, (step + 1) / (step + 10))."
-    for key, value in net.state_dict().items(): average[key].lerp_(value, 1 - min(decay, (step + 1) / (step + 10)))
+    for key, value in net.state_dict().items():
+        average[key].lerp_(value, 1 - min(decay, (step + 1) / (step + 10)))
 
 # %% ../nbs/models/02_training.ipynb #3bf23da4
 class _Run:
     "A training in progress; `identity` is all that changes its numbers."
-    def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, path: NoisePath, settings: dict):
-        self.net, self.images, self.labels, self.path, self.p = net, images, labels, path, SimpleNamespace(**settings)
-        self.device = next(net.parameters()).device
-        self.optimizer = torch.optim.AdamW(net.parameters(), lr=self.p.lr, betas=(0.9, 0.99), weight_decay=0.)
-        self.average = {k: v.detach().clone() for k, v in net.state_dict().items()}
-        self.steps, self.done, self.losses, self.order = self.p.samples // self.p.batch_size, 0, [], (None, None)
-        digest = hashlib.sha256(images.contiguous().numpy()); digest.update(labels.contiguous().numpy())
-        self.identity = dict(settings, net=type(net).__name__, config=repr(getattr(net, 'config', None)), path=repr(path),
-                             images=list(images.shape), sha256=digest.hexdigest())
 
-    def batch(self) -> tuple[Tensor, Tensor]: # data [B, ...] in [-1, 1], labels [B]
+    def __init__(
+        self, net: nn.Module, images: Tensor, labels: Tensor, path: NoisePath, settings: dict
+    ):
+        self.net, self.images, self.labels, self.path, self.p = (
+            net,
+            images,
+            labels,
+            path,
+            SimpleNamespace(**settings),
+        )
+        self.device = next(net.parameters()).device
+        self.optimizer = torch.optim.AdamW(
+            net.parameters(), lr=self.p.lr, betas=(0.9, 0.99), weight_decay=0.0
+        )
+        self.average = {k: v.detach().clone() for k, v in net.state_dict().items()}
+        self.steps, self.done, self.losses, self.order = (
+            self.p.samples // self.p.batch_size,
+            0,
+            [],
+            (None, None),
+        )
+        digest = hashlib.sha256(images.contiguous().numpy())
+        digest.update(labels.contiguous().numpy())
+        self.identity = dict(
+            settings,
+            net=type(net).__name__,
+            config=repr(getattr(net, 'config', None)),
+            path=repr(path),
+            images=list(images.shape),
+            sha256=digest.hexdigest(),
+        )
+
+    def batch(self) -> tuple[Tensor, Tensor]:  # data [B, ...] in [-1, 1], labels [B]
         "Images of the present step, none twice in an epoch; the incomplete last batch of an epoch is skipped."
         epoch, i = divmod(self.done, len(self.images) // self.p.batch_size)
         if self.order[0] != epoch:
-            self.order = epoch, torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.p.seed * 1_000_003 + epoch))
-        index = self.order[1][i * self.p.batch_size:(i + 1) * self.p.batch_size]
+            self.order = (
+                epoch,
+                torch.randperm(
+                    len(self.images),
+                    generator=torch.Generator().manual_seed(self.p.seed * 1_000_003 + epoch),
+                ),
+            )
+        index = self.order[1][i * self.p.batch_size : (i + 1) * self.p.batch_size]
         return to_float(self.images[index]), self.labels[index]
 
 # %% ../nbs/models/02_training.ipynb #c3678f05
 @patch
-def step(self:_Run):
+def step(self: _Run):
     "One step of AdamW and of the average."
     data, labels = self.batch()
     torch.manual_seed(self.p.seed * 1_000_003 + self.done)
     t, noise = torch.rand(len(data)), torch.randn_like(data)
     data, noise, t, labels = (v.to(self.device) for v in (data, noise, t, labels))
     loss = regression_loss(self.net, self.path, self.p.prediction, data, noise, t, labels)
-    if not loss.isfinite(): raise FloatingPointError(f'the loss of step {self.done} is {loss.item()}: lower lr={self.p.lr}.')
-    for group in self.optimizer.param_groups: group['lr'] = learning_rate(self.done, self.steps, self.p.lr, self.p.warmup)
-    loss.backward(); self.optimizer.step(); self.optimizer.zero_grad(set_to_none=True)
+    if not loss.isfinite():
+        raise FloatingPointError(
+            f'the loss of step {self.done} is {loss.item()}: lower lr={self.p.lr}.'
+        )
+    for group in self.optimizer.param_groups:
+        group['lr'] = learning_rate(self.done, self.steps, self.p.lr, self.p.warmup)
+    loss.backward()
+    self.optimizer.step()
+    self.optimizer.zero_grad(set_to_none=True)
     update_average(self.average, self.net, self.done, self.p.ema_decay)
-    self.losses.append(loss.item()); self.done += 1
+    self.losses.append(loss.item())
+    self.done += 1
+
 
 @patch
 def save(self: _Run, store: Store | None):
     "Keep the whole state; None = nowhere."
     if store is None:
         return
-    state = dict(net=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
-                 average=self.average, done=self.done, losses=self.losses)
+    state = dict(
+        net=self.net.state_dict(),
+        optimizer=self.optimizer.state_dict(),
+        average=self.average,
+        done=self.done,
+        losses=self.losses,
+    )
     store.write(state)
+
 
 @patch
 def load(self: _Run, store: Store | None):
@@ -127,54 +182,84 @@ def load(self: _Run, store: Store | None):
 @dataclass(frozen=True)
 class TrainResult:
     "What `train` returns."
-    weights: dict[str, Tensor] # the average: a state dict of the network
-    losses: list[float] # of every step done, earlier runs included
-    steps: int # steps of the whole training
+
+    weights: dict[str, Tensor]  # the average: a state dict of the network
+    losses: list[float]  # of every step done, earlier runs included
+    steps: int  # steps of the whole training
 
     @property
-    def finished(self) -> bool: return len(self.losses) == self.steps
+    def finished(self) -> bool:
+        return len(self.losses) == self.steps
+
 
 def _check(net, images, labels, settings, save_every, stop_after):
     "Refuse bad arguments before any compute."
     if images.dtype != torch.uint8 or labels.dtype != torch.int64 or len(images) != len(labels):
-        raise ValueError(f'images {images.dtype} {list(images.shape)} and labels {labels.dtype} {list(labels.shape)}: '
-                         'give uint8 [M, C, H, W] and int64 [M].')
+        raise ValueError(
+            f'images {images.dtype} {list(images.shape)} and labels {labels.dtype} {list(labels.shape)}: '
+            'give uint8 [M, C, H, W] and int64 [M].'
+        )
     check_choice('prediction', settings['prediction'], PREDICTIONS)
-    check_int('batch_size', settings['batch_size'], 1, len(images)); check_int('samples', settings['samples'], settings['batch_size'])
-    check_int('warmup', settings['warmup']); check_int('seed', settings['seed'], 0, 4000)
-    check_int('save_every', save_every); check_int('stop_after', stop_after, 0)
-    check_float('lr', settings['lr'], 1e-12, 1); check_float('ema_decay', settings['ema_decay'], 0, 1)
+    check_int('batch_size', settings['batch_size'], 1, len(images))
+    check_int('samples', settings['samples'], settings['batch_size'])
+    check_int('warmup', settings['warmup'])
+    check_int('seed', settings['seed'], 0, 4000)
+    check_int('save_every', save_every)
+    check_int('stop_after', stop_after, 0)
+    check_float('lr', settings['lr'], 1e-12, 1)
+    check_float('ema_decay', settings['ema_decay'], 0, 1)
 
 # %% ../nbs/models/02_training.ipynb #70e60bb3
 def train(
-    net: nn.Module, # net(x [B, C, H, W], t [B], y [B]); trained in place, on the device it is on
-    images: Tensor, # uint8 [M, C, H, W], on the CPU
-    labels: Tensor, # int64 [M], on the CPU
-    path: NoisePath | None = None, # the interpolation between noise and data; None = `net.path`, or LinearPath()
-    prediction: str | None = None, # what the network learns to predict; None = `net.prediction`, or 'velocity'
-    samples: int = 1_920_000, # images seen; steps = samples // batch_size
-    batch_size: int = 128, # images in one step
-    lr: float = 1e-3, # peak learning rate of AdamW
-    warmup: int = 500, # steps of linear warm-up, then linear decay to zero
-    ema_decay: float = 0.9995, # decay of the moving average of the weights
-    seed: int = 0, # 0..4000: order, times, noise, label dropout (the initial weights are the caller's)
-    checkpoint: str | os.PathLike | None = None, # file to resume from and to save to
-    save_every: int = 500, # steps between checkpoints
-    stop_after: int = 0, # do at most this many steps now, then save and return; 0 = to the end
-    progress: bool = True, # tqdm progress bar
+    net: nn.Module,  # net(x [B, C, H, W], t [B], y [B]); trained in place, on the device it is on
+    images: Tensor,  # uint8 [M, C, H, W], on the CPU
+    labels: Tensor,  # int64 [M], on the CPU
+    path: NoisePath
+    | None = None,  # the interpolation between noise and data; None = `net.path`, or LinearPath()
+    prediction: str
+    | None = None,  # what the network learns to predict; None = `net.prediction`, or 'velocity'
+    samples: int = 1_920_000,  # images seen; steps = samples // batch_size
+    batch_size: int = 128,  # images in one step
+    lr: float = 1e-3,  # peak learning rate of AdamW
+    warmup: int = 500,  # steps of linear warm-up, then linear decay to zero
+    ema_decay: float = 0.9995,  # decay of the moving average of the weights
+    seed: int = 0,  # 0..4000: order, times, noise, label dropout (the initial weights are the caller's)
+    checkpoint: str | os.PathLike | None = None,  # file to resume from and to save to
+    save_every: int = 500,  # steps between checkpoints
+    stop_after: int = 0,  # do at most this many steps now, then save and return; 0 = to the end
+    progress: bool = True,  # tqdm progress bar
 ) -> TrainResult:
     "Train a class-conditional network (eq. 6). The same numbers in one go, in pieces, or interrupted and resumed."
     path, prediction = path or path_of(net), prediction or getattr(net, 'prediction', 'velocity')
-    settings = dict(prediction=prediction, samples=samples, batch_size=batch_size, lr=lr, warmup=warmup, ema_decay=ema_decay, seed=seed)
+    settings = dict(
+        prediction=prediction,
+        samples=samples,
+        batch_size=batch_size,
+        lr=lr,
+        warmup=warmup,
+        ema_decay=ema_decay,
+        seed=seed,
+    )
     _check(net, images, labels, settings, save_every, stop_after)
     run = _Run(net.train(), images, labels, path, settings)
     store = None if checkpoint is None else Store(checkpoint, run.identity, 'training')
     run.load(store)
     end = min(run.steps, run.done + (stop_after or run.steps))
-    with torch.random.fork_rng([run.device] if run.device.type == 'cuda' else []), \
-         tqdm(total=run.steps, initial=run.done, desc='training', unit='step', mininterval=20, disable=not progress) as bar:
+    with (
+        torch.random.fork_rng([run.device] if run.device.type == 'cuda' else []),
+        tqdm(
+            total=run.steps,
+            initial=run.done,
+            desc='training',
+            unit='step',
+            mininterval=20,
+            disable=not progress,
+        ) as bar,
+    ):
         while run.done < end:
-            run.step(); bar.update()
+            run.step()
+            bar.update()
             if run.done % save_every == 0 or run.done == end:
-                run.save(store); bar.set_postfix(loss=sum(run.losses[-500:]) / len(run.losses[-500:]), refresh=False)
+                run.save(store)
+                bar.set_postfix(loss=sum(run.losses[-500:]) / len(run.losses[-500:]), refresh=False)
     return TrainResult(run.average, run.losses, run.steps)

@@ -21,28 +21,35 @@ def package_root() -> Path:
     "Folder of the imported package (found by name, since a notebook has no `__file__`)."
     return Path(importlib.util.find_spec('neuralsolver').origin).resolve().parent
 
+
 def repository_root() -> Path | None:
     "The clone this package is imported from, or None when it is installed as a wheel."
     root = package_root().parent
     return root if (root / 'settings.ini').exists() and (root / 'data').is_dir() else None
+
 
 def data_root() -> Path:
     "Folder of the committed data: `data/` of the clone, or `neuralsolver/assets` of an installed wheel."
     root = repository_root()
     return root / 'data' if root else package_root() / 'assets'
 
+
 def data_file(
-    name: str, # path below the data folder
+    name: str,  # path below the data folder
 ) -> Path:
     "An existing data file; FileNotFoundError says where it was looked for."
     path = data_root() / name
     if not path.exists():
-        raise FileNotFoundError(f'{name!r} is not in {data_root()}. It is committed in the repository under data/: '
-                                'clone the repository (pip install -e .), or put the file there.')
+        raise FileNotFoundError(
+            f'{name!r} is not in {data_root()}. It is committed in the repository under data/: '
+            'clone the repository (pip install -e .), or put the file there.'
+        )
     return path
 
+
 def reports_root(
-    reports_dir: str | os.PathLike = '', # '' = reports/ of the clone (of the working directory for an installed wheel)
+    reports_dir: str
+    | os.PathLike = '',  # '' = reports/ of the clone (of the working directory for an installed wheel)
 ) -> Path:
     "Folder that results are written to; created if missing."
     path = Path(reports_dir) if reports_dir else (repository_root() or Path.cwd()) / 'reports'
@@ -51,146 +58,203 @@ def reports_root(
 
 # %% ../nbs/tools/01_utils.ipynb #c10ce787
 def check_int(
-    name: str, # what the argument is called where the user gave it
-    value, # what was given; bool, float and str are refused even when they look integral
-    low: int = 1, # smallest allowed value
-    high: int | None = None, # largest allowed value
+    name: str,  # what the argument is called where the user gave it
+    value,  # what was given; bool, float and str are refused even when they look integral
+    low: int = 1,  # smallest allowed value
+    high: int | None = None,  # largest allowed value
 ) -> int:
     "`value` as an int within [low, high]; ValueError otherwise."
     allowed = f'an integer >= {low}' if high is None else f'an integer from {low} to {high}'
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < low or (high is not None and value > high):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Integral)
+        or value < low
+        or (high is not None and value > high)
+    ):
         raise ValueError(f'{name}={value!r} is not allowed: give {allowed}.')
     return int(value)
 
+
 def check_float(
-    name: str, # argument name
-    value, # what was given
-    low: float = -float('inf'), # smallest allowed value
-    high: float = float('inf'), # largest allowed value
+    name: str,  # argument name
+    value,  # what was given
+    low: float = -float('inf'),  # smallest allowed value
+    high: float = float('inf'),  # largest allowed value
 ) -> float:
     "`value` as a finite float within [low, high]; ValueError otherwise."
     ok = isinstance(value, (int, float, np.floating, np.integer)) and not isinstance(value, bool)
     if not ok or not np.isfinite(value) or not low <= value <= high:
-        raise ValueError(f'{name}={value!r} is not allowed: give a finite number from {low} to {high}.')
+        raise ValueError(
+            f'{name}={value!r} is not allowed: give a finite number from {low} to {high}.'
+        )
     return float(value)
 
+
 def check_choice(
-    name: str, # argument name
-    value, # what was given
-    allowed: Iterable, # the allowed values
+    name: str,  # argument name
+    value,  # what was given
+    allowed: Iterable,  # the allowed values
 ):
     "`value` if it is one of `allowed`; ValueError that lists them otherwise."
     allowed = list(allowed)
-    if value not in allowed: raise ValueError(f'{name}={value!r} is not known. Allowed: {", ".join(map(str, allowed))}.')
+    if value not in allowed:
+        raise ValueError(f'{name}={value!r} is not known. Allowed: {", ".join(map(str, allowed))}.')
     return value
 
+
 def split_names(
-    name: str, # argument name
-    value: str | Sequence[str], # 'a, b' or ['a', 'b']
+    name: str,  # argument name
+    value: str | Sequence[str],  # 'a, b' or ['a', 'b']
 ) -> list[str]:
     "A comma-separated parameter as a list; an empty item or a repeated one is a ValueError."
-    items = [v.strip() for v in value.split(',')] if isinstance(value, str) else [str(v) for v in value]
+    items = (
+        [v.strip() for v in value.split(',')] if isinstance(value, str) else [str(v) for v in value]
+    )
     if not all(items) or len(set(items)) != len(items):
-        raise ValueError(f'{name}={value!r} is not allowed: give distinct, non-empty names separated by commas.')
+        raise ValueError(
+            f'{name}={value!r} is not allowed: give distinct, non-empty names separated by commas.'
+        )
     return items
 
 # %% ../nbs/tools/01_utils.ipynb #a24ba52e
 @contextlib.contextmanager
 def atomic_path(
-    path: str | os.PathLike, # final name; missing folders are created
+    path: str | os.PathLike,  # final name; missing folders are created
 ) -> Iterator[Path]:
     "A temporary path to write to; renamed to `path` on success, removed on an exception."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
-    os.close(fd); tmp = Path(tmp)
+    os.close(fd)
+    tmp = Path(tmp)
     try:
         yield tmp
-        os.chmod(tmp, 0o666 & ~_umask()); os.replace(tmp, path)
+        os.chmod(tmp, 0o666 & ~_umask())
+        os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
 
+
 def _umask() -> int:
-    mask = os.umask(0); os.umask(mask)
+    mask = os.umask(0)
+    os.umask(mask)
     return mask
+
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
     "Write a text file atomically."
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding='utf-8')
+    with atomic_path(path) as tmp:
+        tmp.write_text(text, encoding='utf-8')
     return Path(path)
+
 
 def write_json(path: str | os.PathLike, obj) -> Path:
     "Write a JSON file atomically; NaN and infinities are refused."
     return write_text(path, json.dumps(obj, indent=1, allow_nan=False) + '\n')
+
 
 def sha256(path: str | os.PathLike) -> str:
     "Hexadecimal SHA-256 of a file."
     stat = os.stat(path)
     return _sha256(os.path.realpath(path), stat.st_size, stat.st_mtime_ns)
 
-@functools.lru_cache(maxsize=256) # a file that has not changed is not read again: some have gigabytes
+
+@functools.lru_cache(
+    maxsize=256
+)  # a file that has not changed is not read again: some have gigabytes
 def _sha256(path: str, size: int, time: int) -> str:
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/tools/01_utils.ipynb #5c3b6bd7
 def indexed_noise(
-    indices: Sequence[int] | range, # sample indices
-    shape: Sequence[int], # shape of one sample, without the batch axis
-    seed: int = 0, # seed >= 0
-    dtype: torch.dtype = torch.float32, # float32 or float64
-    device: str | torch.device = 'cpu', # where the result is put (it is always drawn on the CPU)
-) -> Tensor: # standard normal [len(indices), *shape]
+    indices: Sequence[int] | range,  # sample indices
+    shape: Sequence[int],  # shape of one sample, without the batch axis
+    seed: int = 0,  # seed >= 0
+    dtype: torch.dtype = torch.float32,  # float32 or float64
+    device: str | torch.device = 'cpu',  # where the result is put (it is always drawn on the CPU)
+) -> Tensor:  # standard normal [len(indices), *shape]
     "Standard normal noise, one Philox generator per (seed, index)."
     np_dtype = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
     out = np.empty((len(indices), *shape), np_dtype)
     for row, index in zip(out, indices):
         key = np.array([seed, index], np.uint64)
-        row[...] = np.random.Generator(np.random.Philox(key=key)).standard_normal(tuple(shape), np_dtype)
+        row[...] = np.random.Generator(np.random.Philox(key=key)).standard_normal(
+            tuple(shape), np_dtype
+        )
     return torch.from_numpy(out).to(device)
 
 # %% ../nbs/tools/01_utils.ipynb #af6d8048
-ASSET_FOLDER = 'NEURALSOLVER_CHECKPOINTS' # environment variable: a folder with downloaded files
+ASSET_FOLDER = 'NEURALSOLVER_CHECKPOINTS'  # environment variable: a folder with downloaded files
+
 
 def asset_file(
-    name: str, # what the file is called here, in errors
-    file: str, # its name at the source; '' = not known
-    source: str, # the URL of the file, or the id of a Hugging Face repository
-    digest: str | None = None, # its SHA-256, or the first digits of it, where known
-    path: str | os.PathLike | None = None, # a local file, taken as it is; None = look for it
-    also: Sequence[str] = (), # further names it may have in the folder
+    name: str,  # what the file is called here, in errors
+    file: str,  # its name at the source; '' = not known
+    source: str,  # the URL of the file, or the id of a Hugging Face repository
+    digest: str | None = None,  # its SHA-256, or the first digits of it, where known
+    path: str | os.PathLike | None = None,  # a local file, taken as it is; None = look for it
+    also: Sequence[str] = (),  # further names it may have in the folder
 ) -> Path:
     "A large file on disk; FileNotFoundError says what to download and where to put it, ValueError that it is damaged."
-    folder = os.environ.get(ASSET_FOLDER); where = source if source.startswith('https:') else f'https://huggingface.co/{source}'
-    found = Path(path) if path else next((p for p in (Path(folder) / f for f in (file, *also) if folder and f) if p.exists()), None)
-    if found is None and not file: raise FileNotFoundError(f'{name}: give the file by its path, or as {also[0]} in the folder ${ASSET_FOLDER}; see {where} for its name there.')
+    folder = os.environ.get(ASSET_FOLDER)
+    where = source if source.startswith('https:') else f'https://huggingface.co/{source}'
+    found = (
+        Path(path)
+        if path
+        else next(
+            (p for p in (Path(folder) / f for f in (file, *also) if folder and f) if p.exists()),
+            None,
+        )
+    )
+    if found is None and not file:
+        raise FileNotFoundError(
+            f'{name}: give the file by its path, or as {also[0]} in the folder ${ASSET_FOLDER}; see {where} for its name there.'
+        )
     if found is None:
-        try: found = Path(_fetch(file, source))
-        except Exception as e: # whatever the network says
-            raise FileNotFoundError(f'{name}: {file} could not be fetched from {where} ({type(e).__name__}: {str(e)[:120]}). Download it elsewhere and give its path, or put it into the folder named by ${ASSET_FOLDER}.') from e
-    if not found.is_file(): raise FileNotFoundError(f'{name}: {found} is not there. Download {file or "the file"} from {where}.')
+        try:
+            found = Path(_fetch(file, source))
+        except Exception as e:  # whatever the network says
+            raise FileNotFoundError(
+                f'{name}: {file} could not be fetched from {where} ({type(e).__name__}: {str(e)[:120]}). Download it elsewhere and give its path, or put it into the folder named by ${ASSET_FOLDER}.'
+            ) from e
+    if not found.is_file():
+        raise FileNotFoundError(
+            f'{name}: {found} is not there. Download {file or "the file"} from {where}.'
+        )
     if digest and not path and not (has := sha256(found)).startswith(digest):
-        raise ValueError(f'{found}: sha256 {has} is not {digest}: the file is damaged or another one. Give its path to use it all the same.')
+        raise ValueError(
+            f'{found}: sha256 {has} is not {digest}: the file is damaged or another one. Give its path to use it all the same.'
+        )
     return found
+
 
 def _fetch(file: str, source: str) -> str:
     "Download to the cache, with a progress bar."
     if not source.startswith('https:'):
         from huggingface_hub import hf_hub_download
+
         return hf_hub_download(source, file)
     target = Path(torch.hub.get_dir()) / 'checkpoints' / file
     if not target.exists():
-        with atomic_path(target) as tmp: torch.hub.download_url_to_file(source, str(tmp))
+        with atomic_path(target) as tmp:
+            torch.hub.download_url_to_file(source, str(tmp))
     return str(target)
 
 # %% ../nbs/tools/01_utils.ipynb #77c91cd8
-_schemas = None # must stay alive: a torch.library.Library takes its schemas with it
+_schemas = None  # must stay alive: a torch.library.Library takes its schemas with it
+
 
 def import_torchvision():
     "The module torchvision, also where its compiled operators do not load."
     global _schemas
-    try: import torchvision
+    try:
+        import torchvision
     except RuntimeError as error:
-        if 'torchvision::nms does not exist' not in str(error): raise
+        if 'torchvision::nms does not exist' not in str(error):
+            raise
         _schemas = _schemas or torch.library.Library('torchvision', 'DEF')
-        for op in ('nms', 'qnms'): _schemas.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        for op in ('nms', 'qnms'):
+            _schemas.define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
         import torchvision
     return torchvision

@@ -25,259 +25,460 @@ from .utils import atomic_path, check_choice, check_int, data_file, write_json
 # %% ../nbs/diffusers/03_zero_shot.ipynb #b1dac440
 STOCK = ('own', 'euler', 'dpm++', 'unipc')
 
+
 def make_scheduler(
-    pipe, # a pipeline of diffusers with the scheduler it came with
-    name: str, # a name of STOCK, or a solver with '+shift', '+shrunk' or '+average'
+    pipe,  # a pipeline of diffusers with the scheduler it came with
+    name: str,  # a name of STOCK, or a solver with '+shift', '+shrunk' or '+average'
 ):
     "A scheduler for a pipeline by name; ValueError for an unknown one."
-    if name == 'own': return type(pipe.scheduler).from_config(pipe.scheduler.config)
+    if name == 'own':
+        return type(pipe.scheduler).from_config(pipe.scheduler.config)
     if name not in STOCK:
         solver, options = _options(name)
-        if options and not is_flow(pipe.scheduler.config): raise ValueError(f'{name!r}: shifts and mean tricks belong to flow pipelines, {type(pipe).__name__} is a DDPM one.')
+        if options and not is_flow(pipe.scheduler.config):
+            raise ValueError(
+                f'{name!r}: shifts and mean tricks belong to flow pipelines, {type(pipe).__name__} is a DDPM one.'
+            )
         return scheduler_for(pipe, solver, **options)
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-    config = pipe.scheduler.config; flow = is_flow(config)
-    if name == 'euler' and not flow: return DDIMScheduler.from_config(config, clip_sample=False)
-    if name == 'euler' and type(pipe).__name__ != 'DiTPipeline': # that one calls scale_model_input
-        return FlowMatchEulerDiscreteScheduler.from_config(config, shift=config.get('shift', config.get('flow_shift', 1.0)))
-    shift = config.get('flow_shift', config.get('shift', 1.0)); config = {k: v for k, v in config.items() if k != 'shift'} # the others call it flow_shift
-    extra = dict(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=shift) if flow else {}
-    if name == 'euler': return DPMSolverMultistepScheduler.from_config(config, **extra, solver_order=1) # Euler's method on the linear path
-    return (DPMSolverMultistepScheduler if name == 'dpm++' else UniPCMultistepScheduler).from_config(config, **extra, solver_order=2)
+    from diffusers import (
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        UniPCMultistepScheduler,
+    )
+
+    config = pipe.scheduler.config
+    flow = is_flow(config)
+    if name == 'euler' and not flow:
+        return DDIMScheduler.from_config(config, clip_sample=False)
+    if name == 'euler' and type(pipe).__name__ != 'DiTPipeline':  # that one calls scale_model_input
+        return FlowMatchEulerDiscreteScheduler.from_config(
+            config, shift=config.get('shift', config.get('flow_shift', 1.0))
+        )
+    shift = config.get('flow_shift', config.get('shift', 1.0))
+    config = {k: v for k, v in config.items() if k != 'shift'}  # the others call it flow_shift
+    extra = (
+        dict(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=shift)
+        if flow
+        else {}
+    )
+    if name == 'euler':
+        return DPMSolverMultistepScheduler.from_config(
+            config, **extra, solver_order=1
+        )  # Euler's method on the linear path
+    return (
+        DPMSolverMultistepScheduler if name == 'dpm++' else UniPCMultistepScheduler
+    ).from_config(config, **extra, solver_order=2)
+
 
 def _options(name: str) -> tuple[str, dict]:
     "A solver's name and the scheduler arguments after its plus signs; 'dpm-solver++2m' has none."
     kwargs = {}
     for option in ('shift', *MEAN_TRICKS):
-        if f'+{option}' in name: name = name.replace(f'+{option}', ''); kwargs |= dict(compose_shift=True) if option == 'shift' else dict(mean_trick=option)
+        if f'+{option}' in name:
+            name = name.replace(f'+{option}', '')
+            kwargs |= dict(compose_shift=True) if option == 'shift' else dict(mean_trick=option)
     return name, kwargs
 
 # %% ../nbs/diffusers/03_zero_shot.ipynb #17dec063
 @dataclass(frozen=True)
 class Rendering:
     "Everything that determines the pictures of a folder."
-    pipeline: str # for `load_pipeline`
-    prompts: tuple[str, ...] # one a sample
-    solver: str # for `make_scheduler`
-    steps: int # network evaluations
-    guidance: float | None = None # None = the pipeline's default
-    size: int | None = None # pixels; None = the pipeline's default
-    seed: int = 0 # of the samples' generators
-    dtype: str = 'float32' # of the networks
+
+    pipeline: str  # for `load_pipeline`
+    prompts: tuple[str, ...]  # one a sample
+    solver: str  # for `make_scheduler`
+    steps: int  # network evaluations
+    guidance: float | None = None  # None = the pipeline's default
+    size: int | None = None  # pixels; None = the pipeline's default
+    seed: int = 0  # of the samples' generators
+    dtype: str = 'float32'  # of the networks
 
     @property
-    def folder(self) -> str: "SOLVER-STEPS, in characters that file names may have."; return re.sub(r'[^\w.+@-]+', '_', self.solver.replace('.json', '')) + f'-{self.steps}'
+    def folder(self) -> str:
+        "SOLVER-STEPS, in characters that file names may have."
+        return re.sub(r'[^\w.+@-]+', '_', self.solver.replace('.json', '')) + f'-{self.steps}'
 
     def arguments(self, pipe, indices: Sequence[int]) -> dict:
         "Of `pipe(...)`, for some of the samples."
-        return prompt_arguments(pipe, [self.prompts[i] for i in indices], self.guidance, self.size) | dict(num_inference_steps=self.steps, generator=generators(indices, self.seed), output_type='np')
+        return prompt_arguments(
+            pipe, [self.prompts[i] for i in indices], self.guidance, self.size
+        ) | dict(
+            num_inference_steps=self.steps,
+            generator=generators(indices, self.seed),
+            output_type='np',
+        )
 
     def protocol(self, pipe) -> dict:
         "As it is written into the folder; names the numbers of our tables."
         scheduler = make_scheduler(pipe, self.solver)
-        table = {} if self.solver in STOCK else dict(table=scheduler.solver_for(self.steps, 0.).digest)
-        return json.loads(json.dumps(asdict(self) | table | dict(scheduler=type(scheduler).__name__)))
+        table = (
+            {} if self.solver in STOCK else dict(table=scheduler.solver_for(self.steps, 0.0).digest)
+        )
+        return json.loads(
+            json.dumps(asdict(self) | table | dict(scheduler=type(scheduler).__name__))
+        )
 
 # %% ../nbs/diffusers/03_zero_shot.ipynb #400d853e
 @torch.no_grad()
 def check_renderings(
-    pipe, # with the scheduler it came with
-    renderings: Sequence[Rendering], # what is going to be rendered
+    pipe,  # with the scheduler it came with
+    renderings: Sequence[Rendering],  # what is going to be rendered
 ):
     "Refuse what cannot run, before anything does."
     for r in renderings:
-        check_int('steps', r.steps); prompt_arguments(pipe, r.prompts, r.guidance, r.size); r.protocol(pipe)
+        check_int('steps', r.steps)
+        prompt_arguments(pipe, r.prompts, r.guidance, r.size)
+        r.protocol(pipe)
     names = [r.folder for r in renderings]
-    if len(set(names)) < len(names): raise ValueError(f'solvers and steps name something twice: {", ".join(names)}.')
+    if len(set(names)) < len(names):
+        raise ValueError(f'solvers and steps name something twice: {", ".join(names)}.')
     for r in renderings:
-        try: network_calls(pipe, make_scheduler(pipe, r.solver), r.arguments(pipe, [0]), first=True)
+        try:
+            network_calls(pipe, make_scheduler(pipe, r.solver), r.arguments(pipe, [0]), first=True)
         except (AssertionError, AttributeError, TypeError, ValueError) as e:
-            raise ValueError(f'{r.solver} with {r.steps} steps does not run in {type(pipe).__name__}: {e or type(e).__name__}') from e
+            raise ValueError(
+                f'{r.solver} with {r.steps} steps does not run in {type(pipe).__name__}: {e or type(e).__name__}'
+            ) from e
 
 # %% ../nbs/diffusers/03_zero_shot.ipynb #7fd08383
 @torch.no_grad()
 def render(
-    pipe, # with the scheduler it came with, which it has again afterwards
-    rendering: Rendering, # what to make
-    folder: str | os.PathLike, # files INDEX.png and protocol.json
-    batch_size: int = 8, # samples at a time
-    progress: bool = True, # tqdm progress bar
-) -> Path: # the folder
+    pipe,  # with the scheduler it came with, which it has again afterwards
+    rendering: Rendering,  # what to make
+    folder: str | os.PathLike,  # files INDEX.png and protocol.json
+    batch_size: int = 8,  # samples at a time
+    progress: bool = True,  # tqdm progress bar
+) -> Path:  # the folder
     "Make the pictures that are not there yet."
     from PIL import Image
-    folder, own, r = Path(folder), pipe.scheduler, rendering; card = folder / 'protocol.json'; protocol = r.protocol(pipe)
+
+    folder, own, r = Path(folder), pipe.scheduler, rendering
+    card = folder / 'protocol.json'
+    protocol = r.protocol(pipe)
     if card.exists():
-        there = json.loads(card.read_text()); short, long = sorted((there['prompts'], protocol['prompts']), key=len)
-        if there | dict(prompts=0) != protocol | dict(prompts=0) or long[:len(short)] != short: # more prompts may follow
-            raise ValueError(f'{folder} holds pictures of another run ({card} says which): give another name, or delete the folder.')
+        there = json.loads(card.read_text())
+        short, long = sorted((there['prompts'], protocol['prompts']), key=len)
+        if (
+            there | dict(prompts=0) != protocol | dict(prompts=0) or long[: len(short)] != short
+        ):  # more prompts may follow
+            raise ValueError(
+                f'{folder} holds pictures of another run ({card} says which): give another name, or delete the folder.'
+            )
         protocol['prompts'] = long
     write_json(card, protocol)
     missing = [i for i in range(len(r.prompts)) if not (folder / f'{i:06d}.png').exists()]
     pipe.scheduler = make_scheduler(pipe, r.solver)
-    bar = tqdm(total=len(r.prompts), initial=len(r.prompts) - len(missing), desc=f'{r.solver} {r.steps}', disable=not progress)
+    bar = tqdm(
+        total=len(r.prompts),
+        initial=len(r.prompts) - len(missing),
+        desc=f'{r.solver} {r.steps}',
+        disable=not progress,
+    )
     try:
         for start in range(0, len(missing), check_int('batch_size', batch_size)):
-            batch = missing[start:start + batch_size]
+            batch = missing[start : start + batch_size]
             images = pipe(**r.arguments(pipe, batch)).images
             for i, image in zip(batch, (images * 255).round().astype(np.uint8)):
-                with atomic_path(folder / f'{i:06d}.png') as tmp: Image.fromarray(image.squeeze()).save(tmp, format='PNG')
+                with atomic_path(folder / f'{i:06d}.png') as tmp:
+                    Image.fromarray(image.squeeze()).save(tmp, format='PNG')
             bar.update(len(batch))
-    finally: pipe.scheduler = own; bar.close()
+    finally:
+        pipe.scheduler = own
+        bar.close()
     return folder
 
+
 def picture_files(
-    folder: str | os.PathLike, # written by `render`
-    count: int, # the first so many
+    folder: str | os.PathLike,  # written by `render`
+    count: int,  # the first so many
 ) -> list[Path]:
     "The files of the samples 0 to count - 1; ValueError if some are not there."
     files = [Path(folder) / f'{i:06d}.png' for i in range(count)]
-    if missing := [f.name for f in files if not f.exists()]: raise ValueError(f'{folder} lacks {len(missing)} of {count} pictures ({missing[0]}, ...): render them first.')
+    if missing := [f.name for f in files if not f.exists()]:
+        raise ValueError(
+            f'{folder} lacks {len(missing)} of {count} pictures ({missing[0]}, ...): render them first.'
+        )
     return files
 
-def read_image(path: str | os.PathLike) -> np.ndarray: # uint8 [H, W] or [H, W, 3]
+
+def read_image(path: str | os.PathLike) -> np.ndarray:  # uint8 [H, W] or [H, W, 3]
     "One picture."
     from PIL import Image
+
     return np.asarray(Image.open(path))
 
 # %% ../nbs/diffusers/03_zero_shot.ipynb #ad76ec10
 def compare(
-    folder: str | os.PathLike, # with one folder a rendering
-    renderings: Sequence[Rendering], # what to compare
-    reference: Rendering, # with what
-) -> pd.DataFrame: # folder, solver, steps, rmse, rmse_sd over samples, samples
+    folder: str | os.PathLike,  # with one folder a rendering
+    renderings: Sequence[Rendering],  # what to compare
+    reference: Rendering,  # with what
+) -> pd.DataFrame:  # folder, solver, steps, rmse, rmse_sd over samples, samples
     "Distance of renderings to the reference, over pixels in [0, 1]."
-    def distance(a, b): return np.sqrt(((read_image(a) / 255 - read_image(b) / 255) ** 2).mean())
+
+    def distance(a, b):
+        return np.sqrt(((read_image(a) / 255 - read_image(b) / 255) ** 2).mean())
+
     rows, target = [], picture_files(Path(folder) / reference.folder, len(reference.prompts))
     for r in renderings:
-        if r.prompts != reference.prompts: raise ValueError(f'{r.folder} and {reference.folder} have different prompts.')
-        each = np.array(list(map(distance, picture_files(Path(folder) / r.folder, len(r.prompts)), target)))
-        rows.append(dict(folder=r.folder, solver=r.solver, steps=r.steps, rmse=np.sqrt((each ** 2).mean()), rmse_sd=each.std(ddof=1) if len(each) > 1 else None, samples=len(each)))
+        if r.prompts != reference.prompts:
+            raise ValueError(f'{r.folder} and {reference.folder} have different prompts.')
+        each = np.array(
+            list(map(distance, picture_files(Path(folder) / r.folder, len(r.prompts)), target))
+        )
+        rows.append(
+            dict(
+                folder=r.folder,
+                solver=r.solver,
+                steps=r.steps,
+                rmse=np.sqrt((each**2).mean()),
+                rmse_sd=each.std(ddof=1) if len(each) > 1 else None,
+                samples=len(each),
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/diffusers/03_zero_shot.ipynb #c72361f6
 def contact_sheet(
-    folder: str | os.PathLike, # as in `compare`
-    table: pd.DataFrame, # from `compare`
-    reference: Rendering, # the last row
-    columns: int, # samples shown in every group
-    title: str, # of the sheet
+    folder: str | os.PathLike,  # as in `compare`
+    table: pd.DataFrame,  # from `compare`
+    reference: Rendering,  # the last row
+    columns: int,  # samples shown in every group
+    title: str,  # of the sheet
 ):
     "Rows are schedulers, groups of columns step counts; in every group the same samples, from the same noise."
     import matplotlib.pyplot as plt
-    steps, side, gap, captions = sorted(table.steps.unique()), .85, .12, reference.prompts
-    rows = [(name, [table[(table.solver == name) & (table.steps == n)].iloc[0] for n in steps]) for name in table.solver.unique()]
-    rows.append((f'reference:\n{reference.folder}', [pd.Series(dict(folder=reference.folder, rmse=0))] * len(steps)))
-    width, height = len(steps) * (columns * side + gap) + 1.1, len(rows) * side + .75
+
+    steps, side, gap, captions = sorted(table.steps.unique()), 0.85, 0.12, reference.prompts
+    rows = [
+        (name, [table[(table.solver == name) & (table.steps == n)].iloc[0] for n in steps])
+        for name in table.solver.unique()
+    ]
+    rows.append(
+        (
+            f'reference:\n{reference.folder}',
+            [pd.Series(dict(folder=reference.folder, rmse=0))] * len(steps),
+        )
+    )
+    width, height = len(steps) * (columns * side + gap) + 1.1, len(rows) * side + 0.75
     fig = plt.figure(figsize=(width, height))
     for r, (name, cells) in enumerate(rows):
         for g, (n, one) in enumerate(zip(steps, cells)):
-            for k, image in enumerate(map(read_image, picture_files(Path(folder) / one.folder, columns))):
-                left, bottom = 1.1 + g * (columns * side + gap) + k * side, height - .75 - (r + 1) * side
-                ax = fig.add_axes([left / width, bottom / height, .97 * side / width, .97 * side / height]); ax.set_axis_off()
-                ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='nearest' if len(image) < 64 else None)
-                if k == 0 and one.rmse > 0: ax.text(.03, .03, f'{one.rmse:.3f}', transform=ax.transAxes, fontsize=5.5, color='w', bbox=dict(fc='k', ec='none', pad=1))
-                if r == 0: ax.set_title((f'{n} steps\n' if k == 0 else '') + (captions[k] if len(captions[k]) < 18 else captions[k][:16] + '...'), fontsize=5.5, loc='left', pad=2)
-        fig.text(1.03 / width, (height - .75 - (r + .5) * side) / height, name, ha='right', va='center', fontsize=6.5)
-    fig.text(.5, 1 - .1 / height, title + '; white: RMSE to the reference', ha='center', va='top', fontsize=7.5)
+            for k, image in enumerate(
+                map(read_image, picture_files(Path(folder) / one.folder, columns))
+            ):
+                left, bottom = (
+                    1.1 + g * (columns * side + gap) + k * side,
+                    height - 0.75 - (r + 1) * side,
+                )
+                ax = fig.add_axes(
+                    [left / width, bottom / height, 0.97 * side / width, 0.97 * side / height]
+                )
+                ax.set_axis_off()
+                ax.imshow(
+                    image,
+                    cmap='gray',
+                    vmin=0,
+                    vmax=255,
+                    interpolation='nearest' if len(image) < 64 else None,
+                )
+                if k == 0 and one.rmse > 0:
+                    ax.text(
+                        0.03,
+                        0.03,
+                        f'{one.rmse:.3f}',
+                        transform=ax.transAxes,
+                        fontsize=5.5,
+                        color='w',
+                        bbox=dict(fc='k', ec='none', pad=1),
+                    )
+                if r == 0:
+                    ax.set_title(
+                        (f'{n} steps\n' if k == 0 else '')
+                        + (captions[k] if len(captions[k]) < 18 else captions[k][:16] + '...'),
+                        fontsize=5.5,
+                        loc='left',
+                        pad=2,
+                    )
+        fig.text(
+            1.03 / width,
+            (height - 0.75 - (r + 0.5) * side) / height,
+            name,
+            ha='right',
+            va='center',
+            fontsize=6.5,
+        )
+    fig.text(
+        0.5,
+        1 - 0.1 / height,
+        title + '; white: RMSE to the reference',
+        ha='center',
+        va='top',
+        fontsize=7.5,
+    )
     return fig
 
 # %% ../nbs/diffusers/03_zero_shot.ipynb #0a33ba51
 def read_prompts(
-    source: str | os.PathLike, # texts separated by semicolons; or a file, .txt: one a line; .jsonl: GenEval's metadata, one object with "prompt" a line; .json: COCO's captions
-    limit: int | None = None, # the first so many; None = all
-) -> list[dict]: # each with 'prompt'; GenEval's also with what its tool needs, COCO's with 'image_id'
+    source: str
+    | os.PathLike,  # texts separated by semicolons; or a file, .txt: one a line; .jsonl: GenEval's metadata, one object with "prompt" a line; .json: COCO's captions
+    limit: int | None = None,  # the first so many; None = all
+) -> list[
+    dict
+]:  # each with 'prompt'; GenEval's also with what its tool needs, COCO's with 'image_id'
     "Prompts. COCO: the first caption of every image, images in order of their ids."
     path = Path(source)
     if path.suffix not in ('.txt', '.jsonl', '.json'):
         texts = [p.strip() for p in str(source).split(';') if p.strip()]
-        if not texts: raise ValueError(f'prompts={source!r} is not allowed: give texts separated by semicolons, or a file.')
+        if not texts:
+            raise ValueError(
+                f'prompts={source!r} is not allowed: give texts separated by semicolons, or a file.'
+            )
         return [dict(prompt=t) for t in texts][:limit]
-    if not path.is_file(): raise ValueError(f'prompts file {path} does not exist: give a .txt, .jsonl (GenEval) or .json (COCO captions) file.')
+    if not path.is_file():
+        raise ValueError(
+            f'prompts file {path} does not exist: give a .txt, .jsonl (GenEval) or .json (COCO captions) file.'
+        )
     text = path.read_text(encoding='utf-8')
     if path.suffix == '.json':
         first = {}
         for a in json.loads(text)['annotations']:
-            if a['image_id'] not in first or a['id'] < first[a['image_id']]['id']: first[a['image_id']] = a
+            if a['image_id'] not in first or a['id'] < first[a['image_id']]['id']:
+                first[a['image_id']] = a
         found = [dict(prompt=first[i]['caption'].strip(), image_id=i) for i in sorted(first)]
-    elif path.suffix == '.jsonl': found = [json.loads(line) for line in text.splitlines() if line.strip()]
-    else: found = [dict(prompt=line.strip()) for line in text.splitlines() if line.strip()]
-    if not found or any('prompt' not in f for f in found): raise ValueError(f'{path} has no prompts, or an entry without "prompt".')
+    elif path.suffix == '.jsonl':
+        found = [json.loads(line) for line in text.splitlines() if line.strip()]
+    else:
+        found = [dict(prompt=line.strip()) for line in text.splitlines() if line.strip()]
+    if not found or any('prompt' not in f for f in found):
+        raise ValueError(f'{path} has no prompts, or an entry without "prompt".')
     return found[:limit]
 
 # %% ../nbs/diffusers/03_zero_shot.ipynb #f5611a18
 def export_geneval(
-    folder: str | os.PathLike, # of a rendering with `per_prompt` samples for every prompt, one after the other
-    prompts: Sequence[dict], # from `read_prompts`
-    out: str | os.PathLike, # folder that GenEval's evaluation/evaluate_images.py reads
-    per_prompt: int = 4, # pictures of a prompt
+    folder: str
+    | os.PathLike,  # of a rendering with `per_prompt` samples for every prompt, one after the other
+    prompts: Sequence[dict],  # from `read_prompts`
+    out: str | os.PathLike,  # folder that GenEval's evaluation/evaluate_images.py reads
+    per_prompt: int = 4,  # pictures of a prompt
 ) -> Path:
     "The same pictures in GenEval's layout (arXiv 2310.11513): 00000/metadata.jsonl, 00000/samples/00000.png, ..."
     files, out = picture_files(folder, per_prompt * len(prompts)), Path(out)
     for p, entry in enumerate(prompts):
-        samples = out / f'{p:05d}/samples'; samples.mkdir(parents=True, exist_ok=True)
+        samples = out / f'{p:05d}/samples'
+        samples.mkdir(parents=True, exist_ok=True)
         (samples.parent / 'metadata.jsonl').write_text(json.dumps(entry) + '\n', encoding='utf-8')
         for k in range(per_prompt):
             target = samples / f'{k:05d}.png'
-            if not target.exists(): _link(files[p * per_prompt + k], target)
+            if not target.exists():
+                _link(files[p * per_prompt + k], target)
     return out
+
 
 def _link(source: Path, target: Path):
     "One file under two names; a copy where the file system has no links."
-    try: os.link(source, target)
-    except OSError: shutil.copyfile(source, target)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 # %% ../nbs/diffusers/03_zero_shot.ipynb #3dd45544
-GENEVAL_TAGS = {'color_attr': 'Color.Attr', 'two_object': 'Two.Obj', 'position': 'Pos'} # the columns of table 4, in per cent
+GENEVAL_TAGS = {
+    'color_attr': 'Color.Attr',
+    'two_object': 'Two.Obj',
+    'position': 'Pos',
+}  # the columns of table 4, in per cent
+
 
 def geneval_scores(
-    results: str | os.PathLike, # results.jsonl, written by GenEval's tool: 'tag' and 'correct' of every picture
-) -> dict[str, float]: # the columns of table 4
+    results: str
+    | os.PathLike,  # results.jsonl, written by GenEval's tool: 'tag' and 'correct' of every picture
+) -> dict[str, float]:  # the columns of table 4
     "Share of correct pictures by task; Overall is the mean over the tasks, as in GenEval's own summary."
     frame = pd.read_json(results, lines=True)
-    if not {'tag', 'correct'} <= set(frame.columns): raise ValueError(f'{results} is not a results file of GenEval: it needs "tag" and "correct" in every line.')
+    if not {'tag', 'correct'} <= set(frame.columns):
+        raise ValueError(
+            f'{results} is not a results file of GenEval: it needs "tag" and "correct" in every line.'
+        )
     tasks = frame.groupby('tag').correct.mean()
-    return {column: 100 * tasks[tag] for tag, column in GENEVAL_TAGS.items() if tag in tasks} | {'Overall': tasks.mean()}
+    return {column: 100 * tasks[tag] for tag, column in GENEVAL_TAGS.items() if tag in tasks} | {
+        'Overall': tasks.mean()
+    }
 
 # %% ../nbs/diffusers/03_zero_shot.ipynb #e89fd600
 def image_scores(
-    files: Sequence[Path], # pictures, from `picture_files`
-    reference: str | os.PathLike, # folder of real images
-    weights: str | os.PathLike, # Inception weights of torch-fidelity (weights-inception-2015-12-05-6726825d.pth)
-    batch_size: int = 64, # images at a time
-    device: str = 'cpu', # 'cpu' or 'cuda'
-) -> dict[str, float]: # FID, sFID, IS, PR, Recall
+    files: Sequence[Path],  # pictures, from `picture_files`
+    reference: str | os.PathLike,  # folder of real images
+    weights: str
+    | os.PathLike,  # Inception weights of torch-fidelity (weights-inception-2015-12-05-6726825d.pth)
+    batch_size: int = 64,  # images at a time
+    device: str = 'cpu',  # 'cpu' or 'cuda'
+) -> dict[str, float]:  # FID, sFID, IS, PR, Recall
     "Scores of table 5 on Inception features, as in `03_inception`; real images are resized and cropped to the size of ours."
     for name, path in (('reference', reference), ('weights', weights)):
-        if not Path(path).exists(): raise ValueError(f'{name}={str(path)!r} does not exist: name the folder of real images and the weights file of torch-fidelity.')
+        if not Path(path).exists():
+            raise ValueError(
+                f'{name}={str(path)!r} does not exist: name the folder of real images and the weights file of torch-fidelity.'
+            )
     extractor = Inception(weights, check_choice('device', device, ('cpu', 'cuda')))
     real = sorted(p for p in Path(reference).iterdir() if p.suffix.lower() in ENDINGS)
-    ours, theirs = (_heads(_Pictures(*source), extractor, batch_size) for source in ((files,), (real, read_image(files[0]).shape[:2])))
-    known = ImageReference(*moments(theirs['features']), *moments(theirs['spatial']), theirs['features'], len(real), str(reference))
+    ours, theirs = (
+        _heads(_Pictures(*source), extractor, batch_size)
+        for source in ((files,), (real, read_image(files[0]).shape[:2]))
+    )
+    known = ImageReference(
+        *moments(theirs['features']),
+        *moments(theirs['spatial']),
+        theirs['features'],
+        len(real),
+        str(reference),
+    )
     scores = image_metrics(ours, known, device)
-    return dict(FID=scores['fid'], sFID=scores['sfid'], IS=scores['is'], PR=scores['precision'], Recall=scores['recall'])
+    return dict(
+        FID=scores['fid'],
+        sFID=scores['sfid'],
+        IS=scores['is'],
+        PR=scores['precision'],
+        Recall=scores['recall'],
+    )
+
 
 def _heads(pictures, extractor: Inception, batch_size: int) -> dict[str, torch.Tensor]:
     "The heads of all pictures; a few thousand fit into memory."
-    with torch.random.fork_rng(devices=[]): parts = [extractor(batch) for batch in torch.utils.data.DataLoader(pictures, batch_size)] # a DataLoader draws a seed
+    with torch.random.fork_rng(devices=[]):
+        parts = [
+            extractor(batch) for batch in torch.utils.data.DataLoader(pictures, batch_size)
+        ]  # a DataLoader draws a seed
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
 
 class _Pictures(torch.utils.data.Dataset):
     "Image files as uint8 [3, H, W]; with `size` resized by their shorter side and cropped."
-    def __init__(self, files, size=None): self.files, self.size = files, size
-    def __len__(self): return len(self.files)
+
+    def __init__(self, files, size=None):
+        self.files, self.size = files, size
+
+    def __len__(self):
+        return len(self.files)
+
     def __getitem__(self, i):
         from PIL import Image, ImageOps
+
         image = Image.open(self.files[i]).convert('RGB')
-        if self.size: image = ImageOps.fit(image, self.size[::-1], Image.Resampling.BICUBIC)
+        if self.size:
+            image = ImageOps.fit(image, self.size[::-1], Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 # %% ../nbs/diffusers/03_zero_shot.ipynb #d1fae001
 def reported_scores(
-    where: str, # 'table 4' or 'table 5'
-    solver: str, # name of the scheduler here
-    steps: int, # its steps
+    where: str,  # 'table 4' or 'table 5'
+    solver: str,  # name of the scheduler here
+    steps: int,  # its steps
 ) -> dict[str, float]:
     "The paper's row (data/reported.csv) for dpm++, unipc and dit-xl-2; empty where there is none."
-    names = {'dpm++': 'DPM-Solver++', 'unipc': 'UniPC', 'dit-xl-2': 'Searched'}; table = pd.read_csv(data_file('reported.csv'))
-    rows = table[(table['where'] == where) & (table.solver == names.get(solver)) & (table.steps == steps)]
+    names = {'dpm++': 'DPM-Solver++', 'unipc': 'UniPC', 'dit-xl-2': 'Searched'}
+    table = pd.read_csv(data_file('reported.csv'))
+    rows = table[
+        (table['where'] == where) & (table.solver == names.get(solver)) & (table.steps == steps)
+    ]
     return dict(zip(rows.metric, rows.value))

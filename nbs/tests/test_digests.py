@@ -62,8 +62,10 @@ def test_last_bits_do_not_change_a_digest_and_the_ninth_digit_does():
     g = torch.Generator().manual_seed(0)
     for solver in all_solvers():
         bits = 1 + 4e-16 * torch.randn(solver.nodes.shape, generator=g, dtype=torch.float64)
-        assert replace(solver, nodes=solver.nodes * bits, gains=solver.gain).digest \
+        assert (
+            replace(solver, nodes=solver.nodes * bits, gains=solver.gain).digest
             == replace(solver, gains=solver.gain).digest
+        )
     solver = load_solver('sit-xl-2', 8)
     moved = solver.nodes.clone()
     moved[3] += 2e-8
@@ -75,7 +77,10 @@ def test_digests_tell_paths_coordinates_and_gains_apart():
     solver = euler(4)
     free = replace(solver, gains=torch.ones(4))
     other = change_path(solver, VPPath())
-    assert len({solver.digest, free.digest, other.digest, replace(free, coordinates='flow').digest}) == 4
+    assert (
+        len({solver.digest, free.digest, other.digest, replace(free, coordinates='flow').digest})
+        == 4
+    )
     assert replace(solver, name='another').digest == solver.digest
 
 

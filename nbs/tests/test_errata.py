@@ -1,99 +1,221 @@
 "errata.ipynb as a user runs it, small; its facts found again by other means, from the files themselves."
+
 import json, math, os, subprocess, sys
 from fractions import Fraction
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLES = json.loads((ROOT / 'data/published_solvers.json').read_text()); REPORTED = pd.read_csv(ROOT / 'data/errata_reported.csv')
+TABLES = json.loads((ROOT / 'data/published_solvers.json').read_text())
+REPORTED = pd.read_csv(ROOT / 'data/errata_reported.csv')
 SMALL = dict(steps=4, iterations=12, seeds=3, samples=60, resamples=2, network_samples=4)
 each = [(name, int(n), t) for name, table in TABLES.items() for n, t in table['steps'].items()]
 
+
 def papermill(folder, **parameters):
     options = [w for k, v in (dict(reports_dir=folder) | parameters).items() for w in ('-p', k, v)]
-    command = [sys.executable, '-m', 'papermill', ROOT / 'nbs/errata.ipynb', folder / 'errata.ipynb', '--log-level', 'ERROR', *options]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    command = [
+        sys.executable,
+        '-m',
+        'papermill',
+        ROOT / 'nbs/errata.ipynb',
+        folder / 'errata.ipynb',
+        '--log-level',
+        'ERROR',
+        *options,
+    ]
+    return subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env=os.environ | {'OMP_NUM_THREADS': '1'},
+    )
+
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('errata'); done = papermill(folder, **SMALL)
+    folder = tmp_path_factory.mktemp('errata')
+    done = papermill(folder, **SMALL)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
+
 @pytest.fixture(scope='module')
-def values(run): return json.loads((run / 'errata.json').read_text())['values']
+def values(run):
+    return json.loads((run / 'errata.json').read_text())['values']
+
 
 def test_files_and_protocol(run):
     summary, kept = pd.read_csv(run / 'errata.csv'), json.loads((run / 'errata.json').read_text())
-    assert summary.columns.tolist() == ['id', 'where', 'said', 'found', 'consequence', 'executed'] and summary.id.is_unique and not summary.isna().any().any()
-    assert set('a b c d e f g h i j l m n'.split()) <= set(summary.id[summary.executed == 'yes']) and summary.id[summary.executed == 'no'].str.startswith('o').all()
-    lines = (run / 'errata.md').read_text().splitlines(); assert len(lines) == len(summary) + 2 and len({l.replace('\\|', '').count('|') for l in lines}) == 1
-    assert set(kept['values']) == set(summary.id) and {k: kept['protocol'][k] for k in SMALL} == SMALL and kept['protocol']['versions']['torch'] == torch.__version__
+    assert (
+        summary.columns.tolist() == ['id', 'where', 'said', 'found', 'consequence', 'executed']
+        and summary.id.is_unique
+        and not summary.isna().any().any()
+    )
+    assert (
+        set('a b c d e f g h i j l m n'.split()) <= set(summary.id[summary.executed == 'yes'])
+        and summary.id[summary.executed == 'no'].str.startswith('o').all()
+    )
+    lines = (run / 'errata.md').read_text().splitlines()
+    assert (
+        len(lines) == len(summary) + 2
+        and len({l.replace('\\|', '').count('|') for l in lines}) == 1
+    )
+    assert (
+        set(kept['values']) == set(summary.id)
+        and {k: kept['protocol'][k] for k in SMALL} == SMALL
+        and kept['protocol']['versions']['torch'] == torch.__version__
+    )
     assert all((run / f'errata_{n}.png').stat().st_size > 5000 for n in ('code', 'numbers'))
-    cells = json.loads((run / 'errata.ipynb').read_text())['cells']; shown = json.dumps([c.get('outputs') for c in cells[:4]])
-    assert 'what it changes' in shown and 'appears here when all cells have run' not in shown # the summary is at the top
+    cells = json.loads((run / 'errata.ipynb').read_text())['cells']
+    shown = json.dumps([c.get('outputs') for c in cells[:4]])
+    assert (
+        'what it changes' in shown and 'appears here when all cells have run' not in shown
+    )  # the summary is at the top
+
 
 def test_counts_of_parameters(values):
     for n, found in values['e']['counts'].items():
-        n = int(n); pairs = [(i, j) for i in range(n) for j in range(i)]; masked = [(i, j) for i, j in pairs if n <= 6 and i >= n - 2 and j != i - 1]
+        n = int(n)
+        pairs = [(i, j) for i in range(n) for j in range(i)]
+        masked = [(i, j) for i, j in pairs if n <= 6 and i >= n - 2 and j != i - 1]
         assert found == dict(formula=n + len(pairs), free=n - 1 + len(pairs) - len(masked))
-        assert n > 6 or all(TABLES['sit-xl-2']['steps'][str(n)]['coeffs'][i][j] == 0 for i, j in masked)
+        assert n > 6 or all(
+            TABLES['sit-xl-2']['steps'][str(n)]['coeffs'][i][j] == 0 for i, j in masked
+        )
     assert values['e']['counts']['15']['formula'] == 120
+
 
 def test_sums_and_the_grid(values):
     "Exact sums of the printed decimals; every table's r, found by another route than a scan: by least squares of the normaliser."
     for name, n, t in each:
         exact = sum(Fraction(str(v)) for v in t['timedeltas'])
-        assert Fraction(str(values['f']['sums'][f'{name}-{n}'])) == exact and abs(exact - 1) <= Fraction(2, 10_000)
-        k = np.round(np.log(np.array(t['timedeltas_unrounded']) / t['timedeltas_unrounded'][-1]) / .02); w = np.exp(.02 * k); w /= w.sum()
+        assert Fraction(str(values['f']['sums'][f'{name}-{n}'])) == exact and abs(
+            exact - 1
+        ) <= Fraction(2, 10_000)
+        k = np.round(
+            np.log(np.array(t['timedeltas_unrounded']) / t['timedeltas_unrounded'][-1]) / 0.02
+        )
+        w = np.exp(0.02 * k)
+        w /= w.sum()
         assert [f'{v:.4f}' for v in w] == [f'{v:.4f}' for v in t['timedeltas']]
     many = {k for k, v in values['f']['candidates'].items() if v != 1}
-    assert many == {'flowdcn-b-2-9', 'flowdcn-b-2-10', 'flowdcn-b-2-15'} and all(values['f']['candidates'][k] == 3 for k in many) and values['f']['control'] == [0, 190]
+    assert (
+        many == {'flowdcn-b-2-9', 'flowdcn-b-2-10', 'flowdcn-b-2-15'}
+        and all(values['f']['candidates'][k] == 3 for k in many)
+        and values['f']['control'] == [0, 190]
+    )
+
 
 def test_parity_of_the_coefficients(values):
     "From the decimal digits: the last of the two that Lion's steps can reach."
     for name, n, t in each:
-        hundredths = [round(float(t['coeffs'][i][j]) * 100) for i in range(n) for j in range(i) if n > 6 or i < n - 2 or j == i - 1]
-        digits = {int(str(abs(h))[-1]) for h in hundredths}; even = digits <= set(range(0, 10, 2))
-        assert even or digits <= set(range(1, 10, 2)); assert values['g']['parity'][f'{name}-{n}'] == ('even' if even else 'odd')
+        hundredths = [
+            round(float(t['coeffs'][i][j]) * 100)
+            for i in range(n)
+            for j in range(i)
+            if n > 6 or i < n - 2 or j == i - 1
+        ]
+        digits = {int(str(abs(h))[-1]) for h in hundredths}
+        even = digits <= set(range(0, 10, 2))
+        assert even or digits <= set(range(1, 10, 2))
+        assert values['g']['parity'][f'{name}-{n}'] == ('even' if even else 'odd')
         assert max(map(abs, hundredths)) <= values['g']['least'][f'{name}-{n}'] <= 1565
-    assert values['g']['least']['flowdcn-b-2-15'] == 820 and values['g']['table_1_rows'] == {'8': [[1565, 50000]], '10': [[939, 30000]]} and values['g']['parity_fits'] == {'8': True, '10': False}
+    assert (
+        values['g']['least']['flowdcn-b-2-15'] == 820
+        and values['g']['table_1_rows'] == {'8': [[1565, 50000]], '10': [[939, 30000]]}
+        and values['g']['parity_fits'] == {'8': True, '10': False}
+    )
+
 
 def test_the_double_update_by_hand(values):
     "Two plain updates of the first step on scalars, alpha and sigma written out."
-    t = TABLES['dit-xl-2']['steps']['10']; B = lambda u: .1 * u + 19.9 * u * u / 2; alpha = lambda u: math.exp(-B(u) / 2); sigma = lambda u: math.sqrt(1 - math.exp(-B(u)))
-    u, x, stored, y = .999, alpha(.999), [], sigma(.999)
+    t = TABLES['dit-xl-2']['steps']['10']
+    B = lambda u: 0.1 * u + 19.9 * u * u / 2
+    alpha = lambda u: math.exp(-B(u) / 2)
+    sigma = lambda u: math.sqrt(1 - math.exp(-B(u)))
+    u, x, stored, y = 0.999, alpha(0.999), [], sigma(0.999)
     for i, dt in enumerate(t['timedeltas'][:7]):
-        v = u - dt; g, d = sigma(v) / sigma(u), alpha(v) - alpha(u) * sigma(v) / sigma(u); x = g * (g * x + d) + d; y, u = g * g * y, v # the oracle's predictions are all 1
-        if i == 0: assert values['b']['signal_first'] == pytest.approx(x, rel=1e-9)
-    assert values['b']['signal_late'] == pytest.approx(x, rel=1e-9) and values['b']['noise_late'] == pytest.approx(y, rel=1e-9) and values['b']['t_late'] == pytest.approx(u)
+        v = u - dt
+        g, d = sigma(v) / sigma(u), alpha(v) - alpha(u) * sigma(v) / sigma(u)
+        x = g * (g * x + d) + d
+        y, u = g * g * y, v  # the oracle's predictions are all 1
+        if i == 0:
+            assert values['b']['signal_first'] == pytest.approx(x, rel=1e-9)
+    assert (
+        values['b']['signal_late'] == pytest.approx(x, rel=1e-9)
+        and values['b']['noise_late'] == pytest.approx(y, rel=1e-9)
+        and values['b']['t_late'] == pytest.approx(u)
+    )
     assert min(values['b']['ratio']) > 2
 
+
 def test_what_torch_does(values):
-    x = torch.ones(4, requires_grad=True) * 2; a, b = x.chunk(2)
-    with pytest.raises(RuntimeError) as e: b[:1] = 0
-    assert str(e.value)[20:120] in values['c']['message'] or 'is a view and is being modified inplace' in values['c']['message']
-    assert values['c']['steps_done'] == 1 and values['k1']['default_seed'] == str(torch.Generator().initial_seed()) and values['k1']['repeats']
-    if not torch.cuda.is_available(): assert 'RuntimeError' in values['k1']['message']
+    x = torch.ones(4, requires_grad=True) * 2
+    a, b = x.chunk(2)
+    with pytest.raises(RuntimeError) as e:
+        b[:1] = 0
+    assert (
+        str(e.value)[20:120] in values['c']['message']
+        or 'is a view and is being modified inplace' in values['c']['message']
+    )
+    assert (
+        values['c']['steps_done'] == 1
+        and values['k1']['default_seed'] == str(torch.Generator().initial_seed())
+        and values['k1']['repeats']
+    )
+    if not torch.cuda.is_available():
+        assert 'RuntimeError' in values['k1']['message']
+
 
 def test_rules_of_the_search(values):
     "The raw sum starts at 1 and moves, the softmax's does not; raw tables run backwards."
-    a = values['a']; assert len(a['sum_end']) == 3 and all(abs(s - 1) > 1e-6 for s in a['sum_end']) and a['least_sum'] > 2
-    d = [math.log(v) for v in TABLES['flowdcn-b-2']['steps']['10']['timedeltas']]; assert a['negative_steps']['flowdcn-b-2-10'] == sum(v - sum(d) / 10 + .1 < 0 for v in d) > 0
-    assert 0 < values['d']['largest_time_gap'] <= .005
+    a = values['a']
+    assert (
+        len(a['sum_end']) == 3
+        and all(abs(s - 1) > 1e-6 for s in a['sum_end'])
+        and a['least_sum'] > 2
+    )
+    d = [math.log(v) for v in TABLES['flowdcn-b-2']['steps']['10']['timedeltas']]
+    assert a['negative_steps']['flowdcn-b-2-10'] == sum(v - sum(d) / 10 + 0.1 < 0 for v in d) > 0
+    assert 0 < values['d']['largest_time_gap'] <= 0.005
+
 
 def test_numbers_that_contradict_each_other(values):
-    three = pd.read_csv(ROOT / 'data/reported.csv').query("where == 'table 3'"); six = three[three.steps == 6].set_index('solver').value
-    assert values['j2']['lost'] == [6] and six['Searched (DiT-XL/2-R256)'] > six['UniPC uniform-t-opt'] and values['j2']['dpm_rows'] == 0
-    value = lambda where, n: REPORTED[(REPORTED['where'] == where) & (REPORTED.steps == n) & (REPORTED.metric == 'IS')].value.item()
-    assert values['j']['IS'] == [value('table 1', n) - value('figure 4/6', n) for n in (6, 7, 8, 10)] and values['j']['FID'] == [0, 0, 0, 0]
-    assert values['l']['transitions'] == 99 and values['l']['end_sigma'] == [pytest.approx(math.sqrt(1 - math.exp(-(1e-4 + 19.9e-6 / 2)))), pytest.approx(.01)]
-    assert values['m']['at_1'] == {'eq. 20': pytest.approx(1.01), 'eq. 21': pytest.approx(.996)}
-    ten = TABLES['sit-xl-2']['steps']['10']['timedeltas']; assert values['k2']['shrunk'][-1] == pytest.approx(sum(d / (i + 1) for i, d in enumerate(ten)), abs=1e-5)
+    three = pd.read_csv(ROOT / 'data/reported.csv').query("where == 'table 3'")
+    six = three[three.steps == 6].set_index('solver').value
+    assert (
+        values['j2']['lost'] == [6]
+        and six['Searched (DiT-XL/2-R256)'] > six['UniPC uniform-t-opt']
+        and values['j2']['dpm_rows'] == 0
+    )
+    value = lambda where, n: REPORTED[
+        (REPORTED['where'] == where) & (REPORTED.steps == n) & (REPORTED.metric == 'IS')
+    ].value.item()
+    assert values['j']['IS'] == [
+        value('table 1', n) - value('figure 4/6', n) for n in (6, 7, 8, 10)
+    ] and values['j']['FID'] == [0, 0, 0, 0]
+    assert values['l']['transitions'] == 99 and values['l']['end_sigma'] == [
+        pytest.approx(math.sqrt(1 - math.exp(-(1e-4 + 19.9e-6 / 2)))),
+        pytest.approx(0.01),
+    ]
+    assert values['m']['at_1'] == {'eq. 20': pytest.approx(1.01), 'eq. 21': pytest.approx(0.996)}
+    ten = TABLES['sit-xl-2']['steps']['10']['timedeltas']
+    assert values['k2']['shrunk'][-1] == pytest.approx(
+        sum(d / (i + 1) for i, d in enumerate(ten)), abs=1e-5
+    )
 
-@pytest.mark.parametrize('change, message', [(dict(seeds=2), 'seeds=2'), (dict(steps=2), 'steps=2'), (dict(samples=0), 'samples=0')])
+
+@pytest.mark.parametrize(
+    'change, message',
+    [(dict(seeds=2), 'seeds=2'), (dict(steps=2), 'steps=2'), (dict(samples=0), 'samples=0')],
+)
 def test_bad_values_are_refused(tmp_path, change, message):
-    nb = json.loads((ROOT / 'nbs/errata.ipynb').read_text()); space = {'__name__': '__main__'}; code = [c for c in nb['cells'] if c['cell_type'] == 'code']
-    exec(''.join(code[0]['source']), space); space.update(reports_dir=str(tmp_path / 'out'), **change)
-    with pytest.raises(ValueError, match=message): exec(''.join(code[1]['source']), space)
+    nb = json.loads((ROOT / 'nbs/errata.ipynb').read_text())
+    space = {'__name__': '__main__'}
+    code = [c for c in nb['cells'] if c['cell_type'] == 'code']
+    exec(''.join(code[0]['source']), space)
+    space.update(reports_dir=str(tmp_path / 'out'), **change)
+    with pytest.raises(ValueError, match=message):
+        exec(''.join(code[1]['source']), space)
     assert not (tmp_path / 'out').exists()

@@ -1,14 +1,21 @@
 "`import neuralsolver` brings in what it needs and nothing else."
+
 import json, subprocess, sys
 import pytest
 import neuralsolver
 
+
 def fresh(code):
     "Run code in a new interpreter; its last printed line as JSON."
-    return json.loads(subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(
+            [sys.executable, '-c', code], check=True, capture_output=True, text=True
+        ).stdout.splitlines()[-1]
+    )
+
 
 def test_what_a_fresh_process_imports():
-    bare, core, kinds = fresh('''
+    bare, core, kinds = fresh("""
 import json, sys
 import neuralsolver as ns
 heavy = ('torch', 'torchvision', 'torch_fidelity', 'matplotlib', 'pandas', 'seaborn', 'sympy', 'scipy', 'papermill', 'nbdev', 'diffusers', 'transformers')
@@ -19,17 +26,19 @@ ns.load_model('sit-tiny'); ns.load_solver('sit-xl-2', 8)
 core = loaded()
 import neuralsolver.solver_search
 kinds = [type(ns.search).__name__, ns.search is neuralsolver.solver_search.search, type(ns.solver_search).__name__]
-print(json.dumps([bare, core, kinds]))''')
+print(json.dumps([bare, core, kinds]))""")
     assert bare == []
     assert core == ['torch']
     assert kinds == ['function', True, 'module']
+
 
 @pytest.mark.parametrize('name', neuralsolver.__all__)
 def test_every_public_name_resolves(name):
     assert getattr(neuralsolver, name) is not None and name in dir(neuralsolver)
 
+
 def test_without_diffusers_all_but_its_modules_work():
-    core, errors = fresh('''
+    core, errors = fresh("""
 import json, sys
 sys.modules['diffusers'] = None # as if it were not installed
 import torch
@@ -40,14 +49,22 @@ errors = []
 for name in ns._OPTIONAL:
     try: getattr(ns, name)
     except ImportError as e: errors.append(str(e))
-print(json.dumps([core, errors]))''')
-    assert core == [2, 3] and len(errors) == 3 and all('pip install "neuralsolver[diffusers]"' in e for e in errors)
+print(json.dumps([core, errors]))""")
+    assert (
+        core == [2, 3]
+        and len(errors) == 3
+        and all('pip install "neuralsolver[diffusers]"' in e for e in errors)
+    )
+
 
 def test_the_modules_for_diffusers_resolve():
     import neuralsolver.diffusers
+
     assert neuralsolver.diffusers.FlowNeuralSolverScheduler.__module__ == 'neuralsolver.diffusers'
     assert {'diffusers', 'pipelines', 'zero_shot'} <= set(dir(neuralsolver))
 
+
 def test_no_name_is_listed_twice_and_an_unknown_one_is_an_attribute_error():
     assert len(set(neuralsolver.__all__)) == len(neuralsolver.__all__)
-    with pytest.raises(AttributeError, match='smaple'): neuralsolver.smaple
+    with pytest.raises(AttributeError, match='smaple'):
+        neuralsolver.smaple

@@ -1,8 +1,19 @@
 "The published tables, derived a second time from the raw numbers."
+
 import json, math
 from dataclasses import replace
 import pytest, torch
-from neuralsolver.neural import FAMILIES, NeuralSolver, adam2, adam4, error_bound, get_solver, list_solvers, load_solver, neural_solver
+from neuralsolver.neural import (
+    FAMILIES,
+    NeuralSolver,
+    adam2,
+    adam4,
+    error_bound,
+    get_solver,
+    list_solvers,
+    load_solver,
+    neural_solver,
+)
 from neuralsolver.paths import VPPath
 from neuralsolver.solvers import Solver, sample
 from neuralsolver.utils import data_file
@@ -12,17 +23,24 @@ LINEAR = [(name, int(n)) for name in ('flowdcn-b-2', 'sit-xl-2') for n in RAW[na
 VP = [('dit-xl-2', int(n)) for n in RAW['dit-xl-2']['steps']]
 ALL = [*LINEAR, *VP]
 
+
 def problem():
     "A random smooth field without structure, and noise."
     g = torch.Generator().manual_seed(5)
-    A, b, noise = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((6, 6), (6,), (9, 6)))
-    return (lambda x, t: torch.tanh(x @ A / 2 + b * t) - .3 * x), noise
+    A, b, noise = (
+        torch.randn(*s, generator=g, dtype=torch.float64) for s in ((6, 6), (6,), (9, 6))
+    )
+    return (lambda x, t: torch.tanh(x @ A / 2 + b * t) - 0.3 * x), noise
+
 
 def filled(coefficients):
     "The paper's matrix M, row by row: coefficients below the diagonal, one minus their sum on it."
     return [[*row[:i], 1 - math.fsum(row[:i])] for i, row in enumerate(coefficients)]
 
-def table(name, n): return RAW[name]['steps'][str(n)]
+
+def table(name, n):
+    return RAW[name]['steps'][str(n)]
+
 
 def test_what_there_is():
     assert len(LINEAR) == 13 and len(VP) == 6
@@ -31,53 +49,91 @@ def test_what_there_is():
     expected = {'flowdcn-b-2': [*five_to_ten, 15], 'sit-xl-2': five_to_ten, 'dit-xl-2': five_to_ten}
     assert {name: listed[name] for name in RAW} == expected
 
+
 @pytest.mark.parametrize('name, n', LINEAR)
 @pytest.mark.parametrize('rounded', [True, False])
 def test_linear_tables_by_a_naive_loop(name, n, rounded):
     "Eq. 16."
-    field, x = problem(); deltas = table(name, n)['timedeltas' if rounded else 'timedeltas_unrounded']
-    if not rounded: deltas = [d / math.fsum(deltas) for d in deltas]
-    result = sample(field, x, load_solver(name, n, rounded)); t, v = 0., []
+    field, x = problem()
+    deltas = table(name, n)['timedeltas' if rounded else 'timedeltas_unrounded']
+    if not rounded:
+        deltas = [d / math.fsum(deltas) for d in deltas]
+    result = sample(field, x, load_solver(name, n, rounded))
+    t, v = 0.0, []
     for dt, row in zip(deltas, filled(table(name, n)['coeffs'])):
-        v.append(field(x, t)); x = x + dt * sum(m * vj for m, vj in zip(row, v)); t += dt
+        v.append(field(x, t))
+        x = x + dt * sum(m * vj for m, vj in zip(row, v))
+        t += dt
     torch.testing.assert_close(result, x, rtol=1e-12, atol=1e-12)
+
 
 @pytest.mark.parametrize('name, n', VP)
 def test_vp_tables_by_a_naive_loop(name, n):
     "Eq. 19, one update a step: t from 0.999 down, clamped at 1e-3, beta from 0.1 to 20, prediction of the data."
-    field, x = problem(); result = sample(field, x, load_solver(name, n)); t, v = .999, []
-    def alpha_sigma(t): B = .1 * t + 19.9 * t * t / 2; return math.exp(-B / 2), math.sqrt(1 - math.exp(-B))
+    field, x = problem()
+    result = sample(field, x, load_solver(name, n))
+    t, v = 0.999, []
+
+    def alpha_sigma(t):
+        B = 0.1 * t + 19.9 * t * t / 2
+        return math.exp(-B / 2), math.sqrt(1 - math.exp(-B))
+
     for dt, row in zip(table(name, n)['timedeltas'], filled(table(name, n)['coeffs'])):
-        u = max(t - dt, 1e-3); (a, s), (b, r) = alpha_sigma(t), alpha_sigma(u)
-        v.append(field(x, t)); x = r / s * x + r * (b / r - a / s) * sum(m * vj for m, vj in zip(row, v)); t = u
+        u = max(t - dt, 1e-3)
+        (a, s), (b, r) = alpha_sigma(t), alpha_sigma(u)
+        v.append(field(x, t))
+        x = r / s * x + r * (b / r - a / s) * sum(m * vj for m, vj in zip(row, v))
+        t = u
     assert t == 1e-3
-    torch.testing.assert_close(result, x, rtol=1e-10, atol=1e-10) # the naive sigma cancels at small t
+    torch.testing.assert_close(
+        result, x, rtol=1e-10, atol=1e-10
+    )  # the naive sigma cancels at small t
+
 
 def test_adams_rows_are_the_official_ones():
-    rows = {1: [1], 2: [-1 / 2, 3 / 2], 3: [5 / 12, -16 / 12, 23 / 12], 4: [-9 / 24, 37 / 24, -59 / 24, 55 / 24]} # oldest first
+    rows = {
+        1: [1],
+        2: [-1 / 2, 3 / 2],
+        3: [5 / 12, -16 / 12, 23 / 12],
+        4: [-9 / 24, 37 / 24, -59 / 24, 55 / 24],
+    }  # oldest first
     for n in (1, 2, 3, 5, 8, 16):
         for solver, order in ((adam2(n), 2), (adam4(n), 4)):
             expected = torch.zeros(n, n, dtype=torch.float64)
-            for i in range(n): p = min(order, i + 1); expected[i, i + 1 - p:i + 1] = torch.tensor(rows[p], dtype=torch.float64) / n
+            for i in range(n):
+                p = min(order, i + 1)
+                expected[i, i + 1 - p : i + 1] = torch.tensor(rows[p], dtype=torch.float64) / n
             torch.testing.assert_close(solver.weights, expected, rtol=0, atol=1e-14)
-            torch.testing.assert_close(solver.nodes, torch.arange(n + 1, dtype=torch.float64) / n, rtol=0, atol=1e-15)
+            torch.testing.assert_close(
+                solver.nodes, torch.arange(n + 1, dtype=torch.float64) / n, rtol=0, atol=1e-15
+            )
+
 
 def test_parameter_counts_are_the_papers():
     counts = {5: 15, 6: 21, 7: 28, 8: 36, 9: 45, 10: 55, 15: 120}
-    for name, n in ALL: assert load_solver(name, n).params == counts[n]
-    for n, count in counts.items(): assert NeuralSolver(n)().params == count
-    for n in (1, 7, 8, 15): assert sum(p.numel() for p in NeuralSolver(n).parameters()) == n * (n + 1) // 2
+    for name, n in ALL:
+        assert load_solver(name, n).params == counts[n]
+    for n, count in counts.items():
+        assert NeuralSolver(n)().params == count
+    for n in (1, 7, 8, 15):
+        assert sum(p.numel() for p in NeuralSolver(n).parameters()) == n * (n + 1) // 2
     assert get_solver('adam4', 8).params == 0
+
 
 @pytest.mark.parametrize('n, zeros, entries', [(5, 5, 10), (6, 7, 15)])
 def test_two_step_tail(n, zeros, entries):
     "The last two rows use two evaluations: in every published table and in the search space, at the same places."
-    lower = torch.tril_indices(n, n, -1); assert lower.shape[1] == entries
-    module = NeuralSolver(n); torch.nn.init.ones_(module.c); free = module.coefficients[tuple(lower)] != 0
+    lower = torch.tril_indices(n, n, -1)
+    assert lower.shape[1] == entries
+    module = NeuralSolver(n)
+    torch.nn.init.ones_(module.c)
+    free = module.coefficients[tuple(lower)] != 0
     assert (~free).sum() == zeros and NeuralSolver(n, two_step_tail=False).c.numel() == entries
-    for name in RAW: assert torch.equal(torch.tensor(table(name, n)['coeffs'])[tuple(lower)] != 0, free), name
-    for name in RAW: # and in what is run: only the diagonal and its neighbour
+    for name in RAW:
+        assert torch.equal(torch.tensor(table(name, n)['coeffs'])[tuple(lower)] != 0, free), name
+    for name in RAW:  # and in what is run: only the diagonal and its neighbour
         assert (load_solver(name, n).weights.tril(-1)[-2:] != 0).sum(1).tolist() == [1, 1]
+
 
 @pytest.mark.parametrize('name, n', ALL)
 def test_time_deltas_are_rounded_softmax_values(name, n):
@@ -86,104 +142,226 @@ def test_time_deltas_are_rounded_softmax_values(name, n):
     assert abs(math.fsum(found) - 1) < 1e-7 * n
     assert [round(d, 4) for d in found] == printed
     for d in found:
-        k = math.log(d / found[-1]) / .02; assert abs(k - round(k)) < .01
-    solver = load_solver(name, n, rounded=False); assert solver.provenance['rounded'] is False
-    if name != 'dit-xl-2': assert abs(solver.nodes[-1].item() - 1) < 1e-14 < abs(math.fsum(printed) - 1) + 1e-13
+        k = math.log(d / found[-1]) / 0.02
+        assert abs(k - round(k)) < 0.01
+    solver = load_solver(name, n, rounded=False)
+    assert solver.provenance['rounded'] is False
+    if name != 'dit-xl-2':
+        assert abs(solver.nodes[-1].item() - 1) < 1e-14 < abs(math.fsum(printed) - 1) + 1e-13
 
-@pytest.mark.parametrize('call, words', [
-    (lambda: load_solver('sit-xl-2', 11), ['sit-xl-2', 'steps=11', '5, 6, 7, 8, 9, 10']),
-    (lambda: load_solver('sit-xl-2', 15), ['steps=15']), (lambda: load_solver('flowdcn-b-2', 4), ['steps=4', '9, 10, 15']),
-    (lambda: load_solver('sit-xl-2'), ['steps=None', '5, 6']), (lambda: load_solver('sit-xl-2', True), ['steps=True']),
-    (lambda: load_solver('sit', 8), ["solver='sit'", 'sit-xl-2', 'dit-xl-2', 'flowdcn-b-2']),
-    (lambda: get_solver('adam3', 8), ["solver='adam3'", 'adam2', 'sit-xl-2']), (lambda: get_solver('', 8), ["solver=''"]),
-    (lambda: get_solver('sit-xl-2', 0), ['steps=0', 'integer >= 1']), (lambda: get_solver('sit-xl-2', 8.), ['steps=8.0'])])
+
+@pytest.mark.parametrize(
+    'call, words',
+    [
+        (lambda: load_solver('sit-xl-2', 11), ['sit-xl-2', 'steps=11', '5, 6, 7, 8, 9, 10']),
+        (lambda: load_solver('sit-xl-2', 15), ['steps=15']),
+        (lambda: load_solver('flowdcn-b-2', 4), ['steps=4', '9, 10, 15']),
+        (lambda: load_solver('sit-xl-2'), ['steps=None', '5, 6']),
+        (lambda: load_solver('sit-xl-2', True), ['steps=True']),
+        (lambda: load_solver('sit', 8), ["solver='sit'", 'sit-xl-2', 'dit-xl-2', 'flowdcn-b-2']),
+        (lambda: get_solver('adam3', 8), ["solver='adam3'", 'adam2', 'sit-xl-2']),
+        (lambda: get_solver('', 8), ["solver=''"]),
+        (lambda: get_solver('sit-xl-2', 0), ['steps=0', 'integer >= 1']),
+        (lambda: get_solver('sit-xl-2', 8.0), ['steps=8.0']),
+    ],
+)
 def test_errors_list_what_is_allowed(call, words):
-    with pytest.raises(ValueError) as error: call()
-    for word in words: assert word in str(error.value)
+    with pytest.raises(ValueError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value)
+
 
 def test_a_searched_file_is_found_by_name(tmp_path, monkeypatch):
     import neuralsolver.neural as module
-    (tmp_path / 'solvers').mkdir(); module.save_solver(load_solver('flowdcn-b-2', 7), tmp_path / 'solvers/my-model-7.json')
+
+    (tmp_path / 'solvers').mkdir()
+    module.save_solver(load_solver('flowdcn-b-2', 7), tmp_path / 'solvers/my-model-7.json')
     monkeypatch.setattr(module, 'data_root', lambda: tmp_path)
-    assert list_solvers()['my-model'] == [7] and get_solver('my-model', 7).digest == load_solver('flowdcn-b-2', 7).digest
-    with pytest.raises(ValueError, match='steps = 7'): load_solver('my-model', 8)
+    assert (
+        list_solvers()['my-model'] == [7]
+        and get_solver('my-model', 7).digest == load_solver('flowdcn-b-2', 7).digest
+    )
+    with pytest.raises(ValueError, match='steps = 7'):
+        load_solver('my-model', 8)
+
 
 # Families
 
 F64 = torch.float64
+
+
 def randomised(*args, seed=0, **kwargs):
-    module = NeuralSolver(*args, **kwargs); g = torch.Generator().manual_seed(seed)
+    module = NeuralSolver(*args, **kwargs)
+    g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in module.parameters(): p.add_(.3 * torch.randn(p.shape, generator=g, dtype=F64))
+        for p in module.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=g, dtype=F64))
     return module
+
 
 @pytest.mark.parametrize('family', ['scaled', 'non-stationary'])
 @pytest.mark.parametrize('coordinates', ['velocity', 'data', 'noise'])
 def test_the_larger_families_by_a_naive_loop(family, coordinates):
     "x_{i+1} = (1 + g) c'/c x + (1 + d) span sum M q, written out for every prediction, VP schedule from its formula."
-    field, x = problem(); module = randomised(5, False, family=family); where = dict(coordinates=coordinates, path=VPPath(), t_start=.95) if coordinates != 'velocity' else {}
-    solver = module(**where); result = sample(field, x, solver); t, q = where.get('t_start', 0.), []
-    def alpha_sigma(t): B = .1 * t + 19.9 * t * t / 2; return math.exp(-B / 2), math.sqrt(1 - math.exp(-B))
+    field, x = problem()
+    module = randomised(5, False, family=family)
+    where = (
+        dict(coordinates=coordinates, path=VPPath(), t_start=0.95)
+        if coordinates != 'velocity'
+        else {}
+    )
+    solver = module(**where)
+    result = sample(field, x, solver)
+    t, q = where.get('t_start', 0.0), []
+
+    def alpha_sigma(t):
+        B = 0.1 * t + 19.9 * t * t / 2
+        return math.exp(-B / 2), math.sqrt(1 - math.exp(-B))
+
     r, c = [math.exp(v) for v in module.r.tolist()], iter(module.c.tolist())
     for i in range(5):
-        dt = r[i] / math.fsum(r); row = [next(c) for _ in range(i)]; d, g = module.d[i].item(), 0 if module.g is None else module.g[i].item()
-        u = t + dt if coordinates == 'velocity' else max(t - dt, 1e-3); (a, s), (b, z) = alpha_sigma(t), alpha_sigma(u)
-        gain, span = {'velocity': lambda: (1, dt), 'data': lambda: (z / s, b - z * a / s), 'noise': lambda: (b / a, z - b * s / a)}[coordinates]()
-        q.append(field(x, t)); x = (1 + g) * gain * x + (1 + d) * span * sum(m * v for m, v in zip([*row, 1 - math.fsum(row)], q)); t = u
-    torch.testing.assert_close(result, x, rtol=1e-9, atol=1e-9); assert not solver.consistent and solver.params == dict(scaled=20).get(family, 25)
+        dt = r[i] / math.fsum(r)
+        row = [next(c) for _ in range(i)]
+        d, g = module.d[i].item(), 0 if module.g is None else module.g[i].item()
+        u = t + dt if coordinates == 'velocity' else max(t - dt, 1e-3)
+        (a, s), (b, z) = alpha_sigma(t), alpha_sigma(u)
+        gain, span = {
+            'velocity': lambda: (1, dt),
+            'data': lambda: (z / s, b - z * a / s),
+            'noise': lambda: (b / a, z - b * s / a),
+        }[coordinates]()
+        q.append(field(x, t))
+        x = (1 + g) * gain * x + (1 + d) * span * sum(
+            m * v for m, v in zip([*row, 1 - math.fsum(row)], q)
+        )
+        t = u
+    torch.testing.assert_close(result, x, rtol=1e-9, atol=1e-9)
+    assert not solver.consistent and solver.params == dict(scaled=20).get(family, 25)
+
 
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('order', [None, 2])
 def test_only_what_is_free_moves(family, order):
     "One step of gradient descent on a loss that depends on everything."
-    field, noise = problem(); module = NeuralSolver(7, init=adam2(7), family=family, order=order); before = {k: v.clone() for k, v in module.state_dict().items()}
-    optimiser = torch.optim.SGD(module.parameters(), .1); sample(field, noise, module()).square().mean().backward(); optimiser.step()
+    field, noise = problem()
+    module = NeuralSolver(7, init=adam2(7), family=family, order=order)
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    optimiser = torch.optim.SGD(module.parameters(), 0.1)
+    sample(field, noise, module()).square().mean().backward()
+    optimiser.step()
     moved = tuple(k for k, v in module.state_dict().items() if not torch.equal(v, before[k]))
     assert moved == FAMILIES[family] and set(before) == {'r', 'c', *moved}
-    old, new = adam2(7), module(); M = lambda s: s.weights / s.weights.sum(1, keepdim=True)
-    if 'r' not in moved: torch.testing.assert_close(new.nodes, old.nodes, rtol=0, atol=1e-14)
-    if 'c' not in moved: torch.testing.assert_close(M(new), M(old), rtol=1e-12, atol=1e-12)
-    if 'd' not in moved: torch.testing.assert_close(new.weights.sum(1), new.nodes.diff(), rtol=0, atol=1e-12)
-    if 'g' not in moved: assert torch.equal(new.gain, torch.ones(7, dtype=F64))
-    other = NeuralSolver(7, False, family=family, order=order); other.load_state_dict(module.state_dict()); assert other().digest == new.digest
-    called = torch.func.functional_call(other, {k: v.clone() for k, v in module.state_dict().items()}, (), dict(name='called')); assert (called.digest, called.name) == (new.digest, 'called')
+    old, new = adam2(7), module()
+    M = lambda s: s.weights / s.weights.sum(1, keepdim=True)
+    if 'r' not in moved:
+        torch.testing.assert_close(new.nodes, old.nodes, rtol=0, atol=1e-14)
+    if 'c' not in moved:
+        torch.testing.assert_close(M(new), M(old), rtol=1e-12, atol=1e-12)
+    if 'd' not in moved:
+        torch.testing.assert_close(new.weights.sum(1), new.nodes.diff(), rtol=0, atol=1e-12)
+    if 'g' not in moved:
+        assert torch.equal(new.gain, torch.ones(7, dtype=F64))
+    other = NeuralSolver(7, False, family=family, order=order)
+    other.load_state_dict(module.state_dict())
+    assert other().digest == new.digest
+    called = torch.func.functional_call(
+        other, {k: v.clone() for k, v in module.state_dict().items()}, (), dict(name='called')
+    )
+    assert (called.digest, called.name) == (new.digest, 'called')
+
 
 def test_numbers_of_the_families():
     for n in (5, 8):
-        counts = dict(consistent=n * (n + 1) // 2, times=n, coefficients=n * (n - 1) // 2); counts |= {'scaled': counts['consistent'] + n, 'non-stationary': counts['consistent'] + 2 * n}
-        assert {f: NeuralSolver(n, family=f)().params for f in FAMILIES} == counts # n = 5: masked ones included
+        counts = dict(consistent=n * (n + 1) // 2, times=n, coefficients=n * (n - 1) // 2)
+        counts |= {
+            'scaled': counts['consistent'] + n,
+            'non-stationary': counts['consistent'] + 2 * n,
+        }
+        assert {
+            f: NeuralSolver(n, family=f)().params for f in FAMILIES
+        } == counts  # n = 5: masked ones included
     for order, free in ((1, 0), (2, 7), (3, 13), (8, 28), (99, 28)):
-        module = randomised(8, order=order); assert module.c.numel() == free and module().params == 8 + free
-        used = module().weights != 0; assert [row.nonzero().flatten().tolist() for row in used] == [list(range(max(0, i + 1 - order), i + 1)) for i in range(8)]
-    assert NeuralSolver(8, True, order=3).c.numel() == 13 - 2 # both masks
+        module = randomised(8, order=order)
+        assert module.c.numel() == free and module().params == 8 + free
+        used = module().weights != 0
+        assert [row.nonzero().flatten().tolist() for row in used] == [
+            list(range(max(0, i + 1 - order), i + 1)) for i in range(8)
+        ]
+    assert NeuralSolver(8, True, order=3).c.numel() == 13 - 2  # both masks
+
 
 @pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('solver', [load_solver('sit-xl-2', 6), load_solver('dit-xl-2', 7), get_solver('unipc-3', 6, VPPath())], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    'solver',
+    [load_solver('sit-xl-2', 6), load_solver('dit-xl-2', 7), get_solver('unipc-3', 6, VPPath())],
+    ids=lambda s: s.name,
+)
 def test_every_family_starts_at_a_consistent_solver(family, solver):
-    again = NeuralSolver(solver.nfe, init=solver, family=family)(coordinates=solver.coordinates, path=solver.path, t_start=solver.nodes[0].item())
-    torch.testing.assert_close(again.weights, solver.weights, rtol=1e-9, atol=1e-9); torch.testing.assert_close(again.gain, solver.gain, rtol=1e-9, atol=1e-9)
+    again = NeuralSolver(solver.nfe, init=solver, family=family)(
+        coordinates=solver.coordinates, path=solver.path, t_start=solver.nodes[0].item()
+    )
+    torch.testing.assert_close(again.weights, solver.weights, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(again.gain, solver.gain, rtol=1e-9, atol=1e-9)
+
 
 @pytest.mark.parametrize('family', ['scaled', 'non-stationary'])
-@pytest.mark.parametrize('where', [{}, dict(coordinates='data', path=VPPath(), t_start=.95)], ids=['velocity', 'data'])
+@pytest.mark.parametrize(
+    'where', [{}, dict(coordinates='data', path=VPPath(), t_start=0.95)], ids=['velocity', 'data']
+)
 def test_a_larger_family_starts_at_its_own_solvers(family, where):
-    module = randomised(6, False, family=family, seed=3); solver = module(**where); again = NeuralSolver(6, init=solver, family=family)(**where)
-    for key in ('nodes', 'weights', 'gains'): torch.testing.assert_close(getattr(again, key), getattr(solver, key), rtol=1e-9, atol=1e-10)
-    wider = NeuralSolver(6, init=solver, family='non-stationary'); torch.testing.assert_close(wider(**where).weights, solver.weights, rtol=1e-9, atol=1e-10)
-    if family == 'scaled': assert wider.g.abs().max() < 1e-12
+    module = randomised(6, False, family=family, seed=3)
+    solver = module(**where)
+    again = NeuralSolver(6, init=solver, family=family)(**where)
+    for key in ('nodes', 'weights', 'gains'):
+        torch.testing.assert_close(getattr(again, key), getattr(solver, key), rtol=1e-9, atol=1e-10)
+    wider = NeuralSolver(6, init=solver, family='non-stationary')
+    torch.testing.assert_close(wider(**where).weights, solver.weights, rtol=1e-9, atol=1e-10)
+    if family == 'scaled':
+        assert wider.g.abs().max() < 1e-12
 
-FREE = Solver([0, .3, .6, 1], [[.4, 0, 0], [.1, .2, 0], [0, .1, .5]], gains=[1, 1.1, .9])
-@pytest.mark.parametrize('call, words', [
-    (lambda: NeuralSolver(3, family='bns'), ["family='bns'", 'consistent', 'non-stationary']), (lambda: NeuralSolver(3, order=0), ['order=0']),
-    (lambda: NeuralSolver(3, init=FREE), ["init='solver'", "family='non-stationary'"]), (lambda: NeuralSolver(3, init=FREE, family='times'), ["family='times'"]),
-    (lambda: NeuralSolver(3, init=FREE, family='scaled'), ['gains of its own']),
-    (lambda: NeuralSolver(3, init=replace(FREE, weights=[[.4, 0, 0], [-.1, .1, 0], [0, 0, 1]]), family='non-stationary'), ['sums to 0']),
-    (lambda: NeuralSolver(8, init=adam4(8), order=3), ['more than 3 evaluations', 'order=None']),
-    (lambda: NeuralSolver(8, True, adam4(8), order=4), ['two_step_tail=False']),
-    (lambda: neural_solver([.5, .5], torch.zeros(2, 2), scale=[1.]), ['scale', '[2]', '[1]']), (lambda: neural_solver([.5, .5], torch.zeros(2, 2), gain_scale=[1., 0.]), ['gains'])])
+
+FREE = Solver([0, 0.3, 0.6, 1], [[0.4, 0, 0], [0.1, 0.2, 0], [0, 0.1, 0.5]], gains=[1, 1.1, 0.9])
+
+
+@pytest.mark.parametrize(
+    'call, words',
+    [
+        (lambda: NeuralSolver(3, family='bns'), ["family='bns'", 'consistent', 'non-stationary']),
+        (lambda: NeuralSolver(3, order=0), ['order=0']),
+        (lambda: NeuralSolver(3, init=FREE), ["init='solver'", "family='non-stationary'"]),
+        (lambda: NeuralSolver(3, init=FREE, family='times'), ["family='times'"]),
+        (lambda: NeuralSolver(3, init=FREE, family='scaled'), ['gains of its own']),
+        (
+            lambda: NeuralSolver(
+                3,
+                init=replace(FREE, weights=[[0.4, 0, 0], [-0.1, 0.1, 0], [0, 0, 1]]),
+                family='non-stationary',
+            ),
+            ['sums to 0'],
+        ),
+        (
+            lambda: NeuralSolver(8, init=adam4(8), order=3),
+            ['more than 3 evaluations', 'order=None'],
+        ),
+        (lambda: NeuralSolver(8, True, adam4(8), order=4), ['two_step_tail=False']),
+        (
+            lambda: neural_solver([0.5, 0.5], torch.zeros(2, 2), scale=[1.0]),
+            ['scale', '[2]', '[1]'],
+        ),
+        (lambda: neural_solver([0.5, 0.5], torch.zeros(2, 2), gain_scale=[1.0, 0.0]), ['gains']),
+    ],
+)
 def test_errors_of_the_families(call, words):
-    with pytest.raises(ValueError) as error: call()
-    for word in words: assert word in str(error.value)
+    with pytest.raises(ValueError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value)
+
 
 def test_the_error_bound_counts_the_gains():
     "x_1 = -2 x_0 + 3 q_0, x_2 = .5 x_1 - q_0 + q_1: an error eta gives .5 * 3 + 1 + 1, or sharply |1.5 - 1| + 1."
-    assert error_bound(Solver([0, .5, 1], [[3, 0], [-1, 1]], gains=[-2, .5])) == (3.5, 1.5) and error_bound(FREE) != error_bound(replace(FREE, gains=[1, 2, 2]))
+    assert error_bound(Solver([0, 0.5, 1], [[3, 0], [-1, 1]], gains=[-2, 0.5])) == (
+        3.5,
+        1.5,
+    ) and error_bound(FREE) != error_bound(replace(FREE, gains=[1, 2, 2]))

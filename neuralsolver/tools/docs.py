@@ -21,21 +21,49 @@ from fastcore.basics import patch
 from ..utils import repository_root, write_text
 
 # %% ../../nbs/tools/05_docs.ipynb #dfea371a
-GROUPS = { # title: names of notebooks without their number, in this order
+GROUPS = {  # title: names of notebooks without their number, in this order
     'Start here': ('start', 'play'),
-    'Theory and solvers': ('data', 'paths', 'fields', 'solvers', 'spacings', 'exponential', 'neural'),
+    'Theory and solvers': (
+        'data',
+        'paths',
+        'fields',
+        'solvers',
+        'spacings',
+        'exponential',
+        'neural',
+    ),
     'Search': ('teachers', 'closed_form', 'solver_search', 'search_runs', 'search', 'search_study'),
     'Models and data': ('models', 'training', 'kernels', 'make_data', 'train', 'train_classifier'),
-    'Measuring': ('metrics', 'figures', 'inception', 'shards', 'evaluate', 'eval', 'benchmark', 'gpu_benchmark'),
+    'Measuring': (
+        'metrics',
+        'figures',
+        'inception',
+        'shards',
+        'evaluate',
+        'eval',
+        'benchmark',
+        'gpu_benchmark',
+    ),
     'diffusers': ('diffusers', 'pipelines', 'zero_shot', 'text_to_image', 'pipeline_search'),
-    'Regenerate the paper': ('reproduce', 'claims', 'errata', 'curves', 'solver_figures', 'complexity', 'sweep'),
+    'Regenerate the paper': (
+        'reproduce',
+        'claims',
+        'errata',
+        'curves',
+        'solver_figures',
+        'complexity',
+        'sweep',
+    ),
     'Tools': ('utils', 'papermill_engine', 'docs'),
 }
-MORE = 'More notebooks' # the group of those that are in none
+MORE = 'More notebooks'  # the group of those that are in none
+
 
 def navigation(
-    names: list[str], # notebooks below nbs/ without suffix, such as method/07_neural; index is the home page and left out
-) -> dict[str, list[str]]: # group -> names
+    names: list[
+        str
+    ],  # notebooks below nbs/ without suffix, such as method/07_neural; index is the home page and left out
+) -> dict[str, list[str]]:  # group -> names
     "Every notebook in its group; a library notebook before the papermill notebook of the same name."
     plain = lambda name: re.sub(r'^\d+_', '', Path(name).name)
     library_first = lambda name: (not re.match(r'\d+_', Path(name).name), name)
@@ -47,59 +75,86 @@ def navigation(
     return {k: v for k, v in (groups | {MORE: [s for s in rest if s not in placed]}).items() if v}
 
 # %% ../../nbs/tools/05_docs.ipynb #f9513e15
-_CODE = re.compile(r'^ {0,3}(?P<fence>```+|~~~+).*?^ {0,3}(?P=fence)`*\s*?$|(?<!`)(?P<tick>`+)(?!`).+?(?<!`)(?P=tick)(?!`)', re.M | re.S)
+_CODE = re.compile(
+    r'^ {0,3}(?P<fence>```+|~~~+).*?^ {0,3}(?P=fence)`*\s*?$|(?<!`)(?P<tick>`+)(?!`).+?(?<!`)(?P=tick)(?!`)',
+    re.M | re.S,
+)
 _LINK = re.compile(r'(\]\()<?([^\s()<>]+)>?((?:\s+"[^"]*")?\))')
 _HTML = re.compile(r'(<(?:img|a|source|video)\b[^>]*?\b(?:src|href)=")([^"]+)(")')
 
+
 def outside_code(
-    text: str, # Markdown
-    change: Callable[[str], str], # applied to every piece that is not code
+    text: str,  # Markdown
+    change: Callable[[str], str],  # applied to every piece that is not code
 ) -> str:
     "Change Markdown, but neither its code blocks nor its code spans."
     pieces, end = [], 0
-    for m in _CODE.finditer(text): pieces += [change(text[end:m.start()]), m.group()]; end = m.end()
+    for m in _CODE.finditer(text):
+        pieces += [change(text[end : m.start()]), m.group()]
+        end = m.end()
     return ''.join(pieces) + change(text[end:])
 
+
 def rewrite_links(
-    text: str, # Markdown or HTML
-    resolve: Callable[[str, bool], str], # (target, raw HTML?) -> new target
+    text: str,  # Markdown or HTML
+    resolve: Callable[[str, bool], str],  # (target, raw HTML?) -> new target
 ) -> str:
     "Send every link and picture outside code through `resolve`."
+
     def change(piece):
         piece = _LINK.sub(lambda m: m[1] + resolve(m[2], False) + m[3], piece)
         return _HTML.sub(lambda m: m[1] + resolve(m[2], True) + m[3], piece)
+
     return outside_code(text, change)
 
 # %% ../../nbs/tools/05_docs.ipynb #a0ce01d1
-COPIED = 2 ** 21 # bytes; larger files are linked in the repository
+COPIED = 2**21  # bytes; larger files are linked in the repository
+
 
 @dataclass
 class Stage:
     "Copies pages, and the files they name, from the repository to a folder for Sphinx."
-    root: Path # the repository
-    out: Path # the folder
-    url: str # address of the repository, such as https://github.com/user/name
-    branch: str = 'main' # branch that links into the repository name
-    pages: list[str] = dataclass_field(default_factory=list) # paths in the repository, in the order they were met
 
-    def where(self, file: str) -> str: "Path of a page below `out`."; return 'index.ipynb' if file == 'nbs/index.ipynb' else file
+    root: Path  # the repository
+    out: Path  # the folder
+    url: str  # address of the repository, such as https://github.com/user/name
+    branch: str = 'main'  # branch that links into the repository name
+    pages: list[str] = dataclass_field(
+        default_factory=list
+    )  # paths in the repository, in the order they were met
+
+    def where(self, file: str) -> str:
+        "Path of a page below `out`."
+        return 'index.ipynb' if file == 'nbs/index.ipynb' else file
 
     def resolve(
         self,
-        target: str, # as it is written in the page
-        page: str, # path of the page in the repository
-        raw: bool = False, # in raw HTML, which Sphinx does not translate
-    ) -> str: # as the page in `out` has to write it; unchanged where nothing is found, for `check_site` to find
+        target: str,  # as it is written in the page
+        page: str,  # path of the page in the repository
+        raw: bool = False,  # in raw HTML, which Sphinx does not translate
+    ) -> str:  # as the page in `out` has to write it; unchanged where nothing is found, for `check_site` to find
         "Copy or queue what a link names, and say how to link it."
-        if re.match(r'[a-z][a-z+.-]*:|#|//', target, re.I): return target
+        if re.match(r'[a-z][a-z+.-]*:|#|//', target, re.I):
+            return target
         path, _, fragment = unquote(target).partition('#')
         file = os.path.normpath(os.path.join(os.path.dirname(page), path))
-        if file.startswith('..') or not (self.root / file).exists(): return target
-        if (self.root / file).is_dir(): file = next((f'{file}/{f}' for f in ('index.md', 'README.md') if (self.root / file / f).exists()), file)
+        if file.startswith('..') or not (self.root / file).exists():
+            return target
+        if (self.root / file).is_dir():
+            file = next(
+                (
+                    f'{file}/{f}'
+                    for f in ('index.md', 'README.md')
+                    if (self.root / file / f).exists()
+                ),
+                file,
+            )
         return self._place('nbs/index.ipynb' if file == 'README.md' else file, page, fragment, raw)
 
 # %% ../../nbs/tools/05_docs.ipynb #83d5850f
-def _is_page(file: str) -> bool: return file.endswith('.md') or re.fullmatch(r'nbs/(\w+/)*\w+\.ipynb', file) is not None
+def _is_page(file: str) -> bool:
+    return file.endswith('.md') or re.fullmatch(r'nbs/(\w+/)*\w+\.ipynb', file) is not None
+
 
 @patch
 def _place(self: Stage, file, page, fragment, raw):
@@ -107,34 +162,54 @@ def _place(self: Stage, file, page, fragment, raw):
     if source.is_dir() or not _is_page(file) and source.stat().st_size > COPIED:
         return f'{self.url}/{"tree" if source.is_dir() else "blob"}/{self.branch}/{file}'
     if _is_page(file):
-        if file not in self.pages: self.pages.append(file)
-        if raw: name = str(Path(name).with_suffix('.html'))
+        if file not in self.pages:
+            self.pages.append(file)
+        if raw:
+            name = str(Path(name).with_suffix('.html'))
     else:
-        copy = self.out / '_extra' / name if raw else self.out / name # Sphinx takes _extra as it is
-        copy.parent.mkdir(parents=True, exist_ok=True); shutil.copyfile(source, copy)
-    return os.path.relpath(name, os.path.dirname(self.where(page)) or '.') + ('#' + fragment.lower() if fragment else '')
+        copy = (
+            self.out / '_extra' / name if raw else self.out / name
+        )  # Sphinx takes _extra as it is
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
+    return os.path.relpath(name, os.path.dirname(self.where(page)) or '.') + (
+        '#' + fragment.lower() if fragment else ''
+    )
 
 # %% ../../nbs/tools/05_docs.ipynb #70856104
 _FORMULA = re.compile(r'\$(?!\s)([^$<>\n]+?)(?<!\s)\$')
 
+
 def _code_cell(cell, resolve):
     lines, tags = ''.join(cell['source']).splitlines(), list(cell['metadata'].get('tags', []))
     marks = {l[2:].strip() for l in lines if l.startswith('#|')}
-    if 'hide' in marks or any(m.startswith('default_exp') for m in marks): return None
-    if any(m.split()[0] == 'export' for m in marks if m): tags.append('export')
-    if 'echo: false' in marks: tags.append('remove-input')
+    if 'hide' in marks or any(m.startswith('default_exp') for m in marks):
+        return None
+    if any(m.split()[0] == 'export' for m in marks if m):
+        tags.append('export')
+    if 'echo: false' in marks:
+        tags.append('remove-input')
     meta = {'tags': tags, 'id': cell['id']}
-    if 'solution' in tags: tags.append('hide-cell'); meta['mystnb'] = dict(code_prompt_show='Solution', code_prompt_hide='Solution')
+    if 'solution' in tags:
+        tags.append('hide-cell')
+        meta['mystnb'] = dict(code_prompt_show='Solution', code_prompt_hide='Solution')
     for data in (o.get('data', {}) for o in cell['outputs']):
         for mime in ('text/markdown', 'text/html'):
-            if mime in data: data[mime] = rewrite_links(''.join(data[mime]), resolve)
-        if 'text/html' in data: data['text/html'] = _FORMULA.sub(r'<span class="math notranslate">\\(\1\\)</span>', data['text/html']) # as Jupyter does
-    return cell | dict(metadata=meta, source='\n'.join(l for l in lines if not l.startswith('#|')).strip('\n'))
+            if mime in data:
+                data[mime] = rewrite_links(''.join(data[mime]), resolve)
+        if 'text/html' in data:
+            data['text/html'] = _FORMULA.sub(
+                r'<span class="math notranslate">\\(\1\\)</span>', data['text/html']
+            )  # as Jupyter does
+    return cell | dict(
+        metadata=meta, source='\n'.join(l for l in lines if not l.startswith('#|')).strip('\n')
+    )
+
 
 def notebook_page(
-    nb: dict, # a notebook as JSON
-    resolve: Callable[[str, bool], str], # what becomes of a link
-) -> dict: # a notebook for myst-nb
+    nb: dict,  # a notebook as JSON
+    resolve: Callable[[str, bool], str],  # what becomes of a link
+) -> dict:  # a notebook for myst-nb
     "Hidden cells out, directives to tags, solutions folded, links rewritten."
     cells = []
     for cell in json.loads(json.dumps(nb['cells'])):
@@ -143,124 +218,229 @@ def notebook_page(
             if 'solution' in cell['metadata'].get('tags', []):
                 text = f'<details class="solution">\n<summary>Solution</summary>\n\n{text}\n\n</details>'
             cells.append(cell | dict(source=text))
-        elif cell['cell_type'] == 'code' and (page := _code_cell(cell, resolve)): cells.append(page)
+        elif cell['cell_type'] == 'code' and (page := _code_cell(cell, resolve)):
+            cells.append(page)
     return nb | dict(cells=cells)
 
 # %% ../../nbs/tools/05_docs.ipynb #1f6913cc
 @dataclass
 class Entry:
     "A public name, or a public method of one."
-    name: str # without the module
-    kind: str # function, class, data, method, classmethod, staticmethod or property
-    doc: str # docstring; of data, the comment on its last line
-    cell: str # NOTEBOOK.ipynb#ID of the cell that defines it
-    signature: str = '' # arguments with defaults, without types; of data, its source
-    rows: list = dataclass_field(default_factory=list) # (parameter, type, default, meaning)
-    returns: tuple = ('', '') # type and meaning of the result
-    members: list = dataclass_field(default_factory=list) # methods and properties of a class
+
+    name: str  # without the module
+    kind: str  # function, class, data, method, classmethod, staticmethod or property
+    doc: str  # docstring; of data, the comment on its last line
+    cell: str  # NOTEBOOK.ipynb#ID of the cell that defines it
+    signature: str = ''  # arguments with defaults, without types; of data, its source
+    rows: list = dataclass_field(default_factory=list)  # (parameter, type, default, meaning)
+    returns: tuple = ('', '')  # type and meaning of the result
+    members: list = dataclass_field(default_factory=list)  # methods and properties of a class
+
 
 def source_comments(
-    source: str, # Python
-) -> dict[int, str]: # line, from 1 -> comment
+    source: str,  # Python
+) -> dict[int, str]:  # line, from 1 -> comment
     "The comments of a module by line."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
 
+
 def argument_rows(
     node: ast.FunctionDef,
-    comments: dict[int, str], # of `source_comments`
-) -> list[tuple[str, str, str, str]]: # parameter, type, default, meaning; '' = none
+    comments: dict[int, str],  # of `source_comments`
+) -> list[tuple[str, str, str, str]]:  # parameter, type, default, meaning; '' = none
     "The parameters of a function."
-    a = node.args; plain = a.posonlyargs + a.args
+    a = node.args
+    plain = a.posonlyargs + a.args
     defaults = [None] * (len(plain) - len(a.defaults)) + a.defaults
     args = [('', *p) for p in zip(plain, defaults)] + ([('*', a.vararg, None)] if a.vararg else [])
-    args += [('', *p) for p in zip(a.kwonlyargs, a.kw_defaults)] + ([('**', a.kwarg, None)] if a.kwarg else [])
+    args += [('', *p) for p in zip(a.kwonlyargs, a.kw_defaults)] + (
+        [('**', a.kwarg, None)] if a.kwarg else []
+    )
     text = lambda n: ast.unparse(n) if n else ''
-    comment = lambda line: '' if line == node.lineno else comments.get(line, '') # a comment on the line of `def` is the result's
-    return [(stars + p.arg, text(p.annotation), text(d), comment((d or p).end_lineno)) for stars, p, d in args]
+    comment = lambda line: (
+        '' if line == node.lineno else comments.get(line, '')
+    )  # a comment on the line of `def` is the result's
+    return [
+        (stars + p.arg, text(p.annotation), text(d), comment((d or p).end_lineno))
+        for stars, p, d in args
+    ]
 
 # %% ../../nbs/tools/05_docs.ipynb #5398607e
 def _signature(node, method):
     args = ast.parse(ast.unparse(node)).body[0].args
-    if method: del (args.posonlyargs or args.args)[0]
+    if method:
+        del (args.posonlyargs or args.args)[0]
     for a in [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]:
-        if a: a.annotation = None
+        if a:
+            a.annotation = None
     return f'({ast.unparse(args)})'
 
-def _decorators(node): return [ast.unparse(d) for d in node.decorator_list]
+
+def _decorators(node):
+    return [ast.unparse(d) for d in node.decorator_list]
+
 
 def _owners(node):
     "Classes that fastcore's @patch and @patch_to add a function to."
     for d in _decorators(node):
-        if re.match(r'patch_to\b', d): return re.findall(r'\w+', d.split('(', 1)[1].split(',')[0])
-        if re.match(r'patch\b', d): return re.findall(r'\w+', ast.unparse(node.args.args[0].annotation))
+        if re.match(r'patch_to\b', d):
+            return re.findall(r'\w+', d.split('(', 1)[1].split(',')[0])
+        if re.match(r'patch\b', d):
+            return re.findall(r'\w+', ast.unparse(node.args.args[0].annotation))
     return []
+
 
 def function_entry(
     node: ast.FunctionDef,
-    comments: dict[int, str], # of `source_comments`
-    cell: str, # NOTEBOOK.ipynb#ID
-    method: bool = False, # with a first argument that callers do not give
+    comments: dict[int, str],  # of `source_comments`
+    cell: str,  # NOTEBOOK.ipynb#ID
+    method: bool = False,  # with a first argument that callers do not give
 ) -> Entry:
     "What a function's source says about it."
-    marks = ' '.join(_decorators(node)); static = 'staticmethod' in marks
-    kind = 'function' if not method else 'property' if re.search(r'\b(cached_)?property\b|as_prop', marks) else \
-        'classmethod' if re.search('classmethod|cls_method', marks) else 'staticmethod' if static else 'method'
-    bound = method and not static; rows = argument_rows(node, comments)[bound:]
-    returns = (ast.unparse(node.returns), comments.get(node.returns.end_lineno, '')) if node.returns else ('', '')
-    return Entry(node.name, kind, ast.get_docstring(node) or '', cell, '' if kind == 'property' else _signature(node, bound), rows, returns)
+    marks = ' '.join(_decorators(node))
+    static = 'staticmethod' in marks
+    kind = (
+        'function'
+        if not method
+        else 'property'
+        if re.search(r'\b(cached_)?property\b|as_prop', marks)
+        else 'classmethod'
+        if re.search('classmethod|cls_method', marks)
+        else 'staticmethod'
+        if static
+        else 'method'
+    )
+    bound = method and not static
+    rows = argument_rows(node, comments)[bound:]
+    returns = (
+        (ast.unparse(node.returns), comments.get(node.returns.end_lineno, ''))
+        if node.returns
+        else ('', '')
+    )
+    return Entry(
+        node.name,
+        kind,
+        ast.get_docstring(node) or '',
+        cell,
+        '' if kind == 'property' else _signature(node, bound),
+        rows,
+        returns,
+    )
 
 # %% ../../nbs/tools/05_docs.ipynb #d0065825
 class Package:
     "All modules of the package, parsed: `modules[name]` is a list of entries, `titles[name]` the first line of the module."
+
     def __init__(
         self,
-        folder: Path, # neuralsolver/
+        folder: Path,  # neuralsolver/
     ):
-        self.sources = {p.stem: p.read_text(encoding='utf-8') for p in sorted(Path(folder).glob('*.py')) if not p.stem.startswith('_')}
+        self.sources = {
+            p.stem: p.read_text(encoding='utf-8')
+            for p in sorted(Path(folder).glob('*.py'))
+            if not p.stem.startswith('_')
+        }
         self.trees = {m: ast.parse(s) for m, s in self.sources.items()}
         self.comments = {m: source_comments(s) for m, s in self.sources.items()}
-        mark = re.compile(r'# %% (?:\.\./)*nbs/(\S+\.ipynb) #(\w+)') # nbdev's, in front of each cell
-        self.cells = {m: [(i, f'{x[1]}#{x[2]}') for i, l in enumerate(s.splitlines(), 1) if (x := mark.match(l))] for m, s in self.sources.items()}
-        self.classes = {n.name: (m, n) for m, t in self.trees.items() for n in t.body if isinstance(n, ast.ClassDef)}
+        mark = re.compile(
+            r'# %% (?:\.\./)*nbs/(\S+\.ipynb) #(\w+)'
+        )  # nbdev's, in front of each cell
+        self.cells = {
+            m: [
+                (i, f'{x[1]}#{x[2]}')
+                for i, l in enumerate(s.splitlines(), 1)
+                if (x := mark.match(l))
+            ]
+            for m, s in self.sources.items()
+        }
+        self.classes = {
+            n.name: (m, n)
+            for m, t in self.trees.items()
+            for n in t.body
+            if isinstance(n, ast.ClassDef)
+        }
         self.modules = {m: self._entries(m) for m in self.sources}
         self.titles = {m: ast.get_docstring(t) or '' for m, t in self.trees.items()}
 
-    def cell(self, module: str, line: int) -> str: # NOTEBOOK.ipynb#ID, below nbs/; '' where there is none
+    def cell(
+        self, module: str, line: int
+    ) -> str:  # NOTEBOOK.ipynb#ID, below nbs/; '' where there is none
         "The cell that a line of a module comes from."
-        i = bisect.bisect(self.cells[module], (line, chr(0x10ffff)))
+        i = bisect.bisect(self.cells[module], (line, chr(0x10FFFF)))
         return self.cells[module][i - 1][1] if i else ''
 
     def public(self, module: str) -> list[str]:
         "The names in `__all__`."
-        lists = [n.value for n in self.trees[module].body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__']
+        lists = [
+            n.value
+            for n in self.trees[module].body
+            if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == '__all__'
+        ]
         return list(ast.literal_eval(lists[0])) if lists else []
 
 # %% ../../nbs/tools/05_docs.ipynb #4fa78d7b
 @patch
-def fields(self: Package, node: ast.ClassDef, module: str) -> list[tuple[str, ast.AnnAssign]]: # (module, field)
+def fields(
+    self: Package, node: ast.ClassDef, module: str
+) -> list[tuple[str, ast.AnnAssign]]:  # (module, field)
     "Annotated fields of a data class or a named tuple, those of its bases first."
-    base = [f for b in map(ast.unparse, node.bases) if b in self.classes for f in self.fields(self.classes[b][1], self.classes[b][0])]
-    own = [(module, n) for n in node.body if isinstance(n, ast.AnnAssign) and not re.search(r'\bClassVar\b|\binit=False', ast.unparse(n))]
+    base = [
+        f
+        for b in map(ast.unparse, node.bases)
+        if b in self.classes
+        for f in self.fields(self.classes[b][1], self.classes[b][0])
+    ]
+    own = [
+        (module, n)
+        for n in node.body
+        if isinstance(n, ast.AnnAssign)
+        and not re.search(r'\bClassVar\b|\binit=False', ast.unparse(n))
+    ]
     names = {n.target.id for _, n in own}
     return [(m, n) for m, n in base if n.target.id not in names] + own
+
 
 @patch
 def class_entry(self: Package, node: ast.ClassDef, module: str) -> Entry:
     "A class with its parameters, methods and properties, patched ones too."
     entry = Entry(node.name, 'class', ast.get_docstring(node) or '', self.cell(module, node.lineno))
-    inits, bases = [(module, n) for n in node.body if getattr(n, 'name', '') == '__init__'], [ast.unparse(b) for b in node.bases]
-    if inits: e = function_entry(inits[0][1], self.comments[module], entry.cell, True); entry.signature, entry.rows = e.signature, e.rows
+    inits, bases = (
+        [(module, n) for n in node.body if getattr(n, 'name', '') == '__init__'],
+        [ast.unparse(b) for b in node.bases],
+    )
+    if inits:
+        e = function_entry(inits[0][1], self.comments[module], entry.cell, True)
+        entry.signature, entry.rows = e.signature, e.rows
     elif 'NamedTuple' in bases or any('dataclass' in d for d in _decorators(node)):
-        found = self.fields(node, module); text = lambda n: ast.unparse(n) if n else ''
-        entry.rows = [(n.target.id, text(n.annotation), text(n.value), self.comments[m].get(n.end_lineno, '')) for m, n in found]
+        found = self.fields(node, module)
+        text = lambda n: ast.unparse(n) if n else ''
+        entry.rows = [
+            (n.target.id, text(n.annotation), text(n.value), self.comments[m].get(n.end_lineno, ''))
+            for m, n in found
+        ]
         entry.signature = '(' + ', '.join(f'{n}={d}' if d else n for n, _, d, _ in entry.rows) + ')'
     elif known := [self.classes[b] for b in bases if b in self.classes]:
-        e = self.class_entry(known[0][1], known[0][0]); entry.signature, entry.rows = e.signature, e.rows
+        e = self.class_entry(known[0][1], known[0][0])
+        entry.signature, entry.rows = e.signature, e.rows
     methods = [(module, n) for n in node.body if isinstance(n, ast.FunctionDef)]
-    methods += [(m, n) for m, t in self.trees.items() for n in t.body if isinstance(n, ast.FunctionDef) and node.name in _owners(n)]
-    shown = {n.name: (m, n) for m, n in methods if not n.name.startswith('_') or n.name != '__init__' and n.name.startswith('__') and ast.get_docstring(n)}
-    entry.members = [function_entry(n, self.comments[m], self.cell(m, n.lineno), True) for m, n in shown.values()]
+    methods += [
+        (m, n)
+        for m, t in self.trees.items()
+        for n in t.body
+        if isinstance(n, ast.FunctionDef) and node.name in _owners(n)
+    ]
+    shown = {
+        n.name: (m, n)
+        for m, n in methods
+        if not n.name.startswith('_')
+        or n.name != '__init__'
+        and n.name.startswith('__')
+        and ast.get_docstring(n)
+    }
+    entry.members = [
+        function_entry(n, self.comments[m], self.cell(m, n.lineno), True) for m, n in shown.values()
+    ]
     return entry
 
 # %% ../../nbs/tools/05_docs.ipynb #41b79cfd
@@ -268,85 +448,169 @@ def class_entry(self: Package, node: ast.ClassDef, module: str) -> Entry:
 def _entries(self: Package, module):
     wanted, found = self.public(module), {}
     comments, lines = self.comments[module], self.sources[module].splitlines()
-    for node in ast.walk(self.trees[module]): # breadth first: definitions at the top before those under a condition
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names = [] if _owners(node) else [node.name]
+    for node in ast.walk(
+        self.trees[module]
+    ):  # breadth first: definitions at the top before those under a condition
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = [] if _owners(node) else [node.name]
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            names = [n.id for t in getattr(node, 'targets', None) or [node.target] for n in ast.walk(t) if isinstance(n, ast.Name)]
-        else: continue
+            names = [
+                n.id
+                for t in getattr(node, 'targets', None) or [node.target]
+                for n in ast.walk(t)
+                if isinstance(n, ast.Name)
+            ]
+        else:
+            continue
         for name in (n for n in names if n in wanted and n not in found):
             cell = self.cell(module, node.lineno)
-            if isinstance(node, ast.FunctionDef): found[name] = function_entry(node, comments, cell)
-            elif isinstance(node, ast.ClassDef): found[name] = self.class_entry(node, module)
-            else: found[name] = Entry(name, 'data', '', cell, '\n'.join(lines[node.lineno - 1:node.end_lineno]))
+            if isinstance(node, ast.FunctionDef):
+                found[name] = function_entry(node, comments, cell)
+            elif isinstance(node, ast.ClassDef):
+                found[name] = self.class_entry(node, module)
+            else:
+                found[name] = Entry(
+                    name, 'data', '', cell, '\n'.join(lines[node.lineno - 1 : node.end_lineno])
+                )
     missing = [n for n in wanted if n not in found]
-    if missing: raise ValueError(f'{module}: {missing} are in __all__, but no definition was found; define them in an export cell.')
+    if missing:
+        raise ValueError(
+            f'{module}: {missing} are in __all__, but no definition was found; define them in an export cell.'
+        )
     return [found[n] for n in wanted]
 
 # %% ../../nbs/tools/05_docs.ipynb #31f93228
 def plain(
-    text: str, # of a comment or a docstring
+    text: str,  # of a comment or a docstring
 ) -> str:
     "Text as Markdown: outside code spans nothing has a meaning."
     return outside_code(text, lambda s: re.sub(r'([\\*_$\[\]~])', r'\\\1', s).replace('<', '&lt;'))
+
 
 def table_row(cells: list[str]) -> str:
     "A row of a Markdown table; bars inside a cell are escaped."
     return '| ' + ' | '.join(c.replace('|', r'\|') for c in cells) + ' |'
 
+
 def parameter_table(entry: Entry) -> str:
     "Parameters and result as a Markdown table; a line where only the result has something to say; '' if nothing has."
     code = lambda s: f'`{s}`' if s else ''
     rows = [(code(n), code(t), code(d), plain(m)) for n, t, d, m in entry.rows]
-    if not rows: return f'Returns {code(entry.returns[0])}: {plain(entry.returns[1])}'.removesuffix(': ') if any(entry.returns) else ''
-    if any(entry.returns): rows.append(('*returns*', code(entry.returns[0]), '', plain(entry.returns[1])))
-    return '\n'.join(['| parameter | type | default | meaning |', '|---|---|---|---|', *map(table_row, rows)])
+    if not rows:
+        return (
+            f'Returns {code(entry.returns[0])}: {plain(entry.returns[1])}'.removesuffix(': ')
+            if any(entry.returns)
+            else ''
+        )
+    if any(entry.returns):
+        rows.append(('*returns*', code(entry.returns[0]), '', plain(entry.returns[1])))
+    return '\n'.join(
+        ['| parameter | type | default | meaning |', '|---|---|---|---|', *map(table_row, rows)]
+    )
 
 # %% ../../nbs/tools/05_docs.ipynb #009a3d1d
 def entry_markdown(
     entry: Entry,
-    home: Callable[[str], str], # cell NOTEBOOK.ipynb#ID -> address of it, seen from the page
-    depth: int = 0, # 1 in a class
+    home: Callable[[str], str],  # cell NOTEBOOK.ipynb#ID -> address of it, seen from the page
+    depth: int = 0,  # 1 in a class
 ) -> str:
     "One name of the reference."
-    fence, source = '`' * (8 - depth), f'<a class="docs-source" href="{home(entry.cell)}">source</a>\n\n' if entry.cell else ''
+    fence, source = (
+        '`' * (8 - depth),
+        f'<a class="docs-source" href="{home(entry.cell)}">source</a>\n\n' if entry.cell else '',
+    )
     if entry.kind == 'data':
-        lines = entry.signature.splitlines(); body = '\n'.join(lines[:12] + ['...'] * (len(lines) > 12))
+        lines = entry.signature.splitlines()
+        body = '\n'.join(lines[:12] + ['...'] * (len(lines) > 12))
         return f'{fence}{{py:data}} {entry.name}\n{source}```python\n{body}\n```\n{fence}\n'
-    option = {'classmethod': ':classmethod:\n', 'staticmethod': ':staticmethod:\n'}.get(entry.kind, '')
+    option = {'classmethod': ':classmethod:\n', 'staticmethod': ':staticmethod:\n'}.get(
+        entry.kind, ''
+    )
     role = 'method' if option else entry.kind
     result = f' -> {entry.returns[0]}' if entry.returns[0] and role != 'property' else ''
     doc = '\n\n'.join(plain(re.sub(r'\s+', ' ', p)) for p in entry.doc.split('\n\n'))
-    body = f'{option}\n{source}{doc}\n\n{parameter_table(entry)}\n\n' + ''.join(entry_markdown(m, home, depth + 1) for m in entry.members)
+    body = f'{option}\n{source}{doc}\n\n{parameter_table(entry)}\n\n' + ''.join(
+        entry_markdown(m, home, depth + 1) for m in entry.members
+    )
     return f'{fence}{{py:{role}}} {entry.name}{entry.signature}{result}\n{body}{fence}\n'
 
 # %% ../../nbs/tools/05_docs.ipynb #fc05b3f3
 def api_page(package: Package, module: str, home: Callable[[str], str]) -> str:
     "The reference of a module; its first line is the notebook's, and so may hold formulas."
-    entries = package.modules[module]; books = dict.fromkeys(e.cell.split('#')[0] for e in entries if e.cell)
+    entries = package.modules[module]
+    books = dict.fromkeys(e.cell.split('#')[0] for e in entries if e.cell)
     links = ', '.join(f'[{Path(b).stem}](../nbs/{b})' for b in books)
     head = f'# neuralsolver.{module}\n\n{package.titles[module]}\n\nDerived and explained in {links}.\n\n'
-    return head + f'````````{{py:module}} neuralsolver.{module}\n````````\n\n' + '\n'.join(entry_markdown(e, home) for e in entries)
+    return (
+        head
+        + f'````````{{py:module}} neuralsolver.{module}\n````````\n\n'
+        + '\n'.join(entry_markdown(e, home) for e in entries)
+    )
+
 
 def api_index(package: Package) -> str:
     "The page that lists all modules and their names."
     filled = [m for m, entries in package.modules.items() if entries]
-    names = lambda m: ', '.join(f'{{py:obj}}`{e.name} <neuralsolver.{m}.{e.name}>`' for e in package.modules[m])
+    names = lambda m: ', '.join(
+        f'{{py:obj}}`{e.name} <neuralsolver.{m}.{e.name}>`' for e in package.modules[m]
+    )
     rows = [table_row([f'[{m}]({m}.md)', package.titles[m], names(m)]) for m in filled]
-    head = ['# API reference', '', 'Every public name of the package, by module. Those that are used often are also names of `neuralsolver` itself.', '']
-    return '\n'.join([*head, '| module | what it is | names |', '|---|---|---|', *rows, '', '```{toctree}', ':hidden:', *filled, '```', ''])
+    head = [
+        '# API reference',
+        '',
+        'Every public name of the package, by module. Those that are used often are also names of `neuralsolver` itself.',
+        '',
+    ]
+    return '\n'.join(
+        [
+            *head,
+            '| module | what it is | names |',
+            '|---|---|---|',
+            *rows,
+            '',
+            '```{toctree}',
+            ':hidden:',
+            *filled,
+            '```',
+            '',
+        ]
+    )
 
 # %% ../../nbs/tools/05_docs.ipynb #8c9042a2
 CONF = dict(
-    html_theme='furo', extensions=['myst_nb', 'sphinx.ext.mathjax', 'neuralsolver.tools.docs'], exclude_patterns=['_extra'], language='en',
-    nb_execution_mode='off', myst_enable_extensions=['dollarmath', 'amsmath'], myst_dmath_double_inline=True, myst_heading_anchors=4,
-    mathjax_path='tex-svg-full.js', myst_update_mathjax=False, # one local file; its menu would fetch more
-    mathjax3_config=dict(svg=dict(fontCache='local'), tex=dict(packages={'[-]': ['noundefined', 'noerrors']}), # errors are to be seen
-         options=dict(enableMenu=False, processHtmlClass='math', ignoreHtmlClass='article-container')),
-    html_static_path=['_static'], html_extra_path=['_extra'], html_css_files=['site.css'], html_copy_source=False, html_show_sourcelink=False,
-    html_show_sphinx=False, add_module_names=False, python_maximum_signature_line_length=110, toc_object_entries_show_parents='hide',
-    nb_merge_streams=True, smartquotes=False, nb_render_markdown_format='myst', pygments_style='friendly', pygments_dark_style='monokai',
+    html_theme='furo',
+    extensions=['myst_nb', 'sphinx.ext.mathjax', 'neuralsolver.tools.docs'],
+    exclude_patterns=['_extra'],
+    language='en',
+    nb_execution_mode='off',
+    myst_enable_extensions=['dollarmath', 'amsmath'],
+    myst_dmath_double_inline=True,
+    myst_heading_anchors=4,
+    mathjax_path='tex-svg-full.js',
+    myst_update_mathjax=False,  # one local file; its menu would fetch more
+    mathjax3_config=dict(
+        svg=dict(fontCache='local'),
+        tex=dict(packages={'[-]': ['noundefined', 'noerrors']}),  # errors are to be seen
+        options=dict(
+            enableMenu=False, processHtmlClass='math', ignoreHtmlClass='article-container'
+        ),
+    ),
+    html_static_path=['_static'],
+    html_extra_path=['_extra'],
+    html_css_files=['site.css'],
+    html_copy_source=False,
+    html_show_sourcelink=False,
+    html_show_sphinx=False,
+    add_module_names=False,
+    python_maximum_signature_line_length=110,
+    toc_object_entries_show_parents='hide',
+    nb_merge_streams=True,
+    smartquotes=False,
+    nb_render_markdown_format='myst',
+    pygments_style='friendly',
+    pygments_dark_style='monokai',
 )
-CSS = '''
+CSS = """
 .sidebar-drawer { width: 17em; flex: none; } .main { min-width: 0; } .main > .content { flex: 1; min-width: 0; width: auto; max-width: 62em; padding: 0 2.5em; box-sizing: border-box; }
 .cell_output { overflow-x: auto; } .cell_output table.docutils { font-size: .8em; } .cell_output img { background: white; max-width: 100%; height: auto; }
 .cell_output table.dataframe { border-collapse: collapse; border: 0; font-size: .85em; margin: .4em 0; }
@@ -362,104 +626,184 @@ details.solution { border-left: 3px solid var(--color-brand-primary); padding: .
 a.docs-source { float: right; font-size: .8em; margin-left: 1em; } dl.py > dd table { font-size: .85em; margin-left: 0; } dl.py > dd { margin-left: 1.2em; }
 dl.py > dd td:first-child code { white-space: nowrap; } article table.docutils td { vertical-align: top; }
 div.math { overflow-x: auto; overflow-y: hidden; } mjx-container[jax="SVG"][display="true"] { margin: .6em 0; }
-'''
+"""
 
 # %% ../../nbs/tools/05_docs.ipynb #757d474f
 def on_document(app, document) -> None:
     "Sphinx' hook for a parsed page: anchors of cells, formulas as they are written, links to the reference."
     from docutils import nodes
     from sphinx.addnodes import pending_xref
+
     for node in document.findall(nodes.container):
         cell = node.get('cell_metadata') or {}
-        if 'id' in cell: node['ids'].append('cell-' + cell['id'])
+        if 'id' in cell:
+            node['ids'].append('cell-' + cell['id'])
     for node in document.findall(nodes.math_block):
-        if not node.get('no-wrap'): node['no-wrap'] = True; node.children = [nodes.Text(rf'\[{node.astext()}\]')]
+        if not node.get('no-wrap'):
+            node['no-wrap'] = True
+            node.children = [nodes.Text(rf'\[{node.astext()}\]')]
     for node in list(document.findall(nodes.literal)):
         full, parent = app.config.docs_names.get(node.astext().removesuffix('()')), node.parent
-        if full is None or not isinstance(parent, (nodes.paragraph, nodes.strong, nodes.emphasis)): continue
-        link = pending_xref('', refdomain='py', reftype='obj', reftarget=full, refdoc=app.env.docname, refexplicit=True, refwarn=False)
-        parent.replace(node, link); link += node
+        if full is None or not isinstance(parent, (nodes.paragraph, nodes.strong, nodes.emphasis)):
+            continue
+        link = pending_xref(
+            '',
+            refdomain='py',
+            reftype='obj',
+            reftarget=full,
+            refdoc=app.env.docname,
+            refexplicit=True,
+            refwarn=False,
+        )
+        parent.replace(node, link)
+        link += node
+
 
 def setup(app) -> dict:
     "This module as an extension of Sphinx."
-    app.add_config_value('docs_names', {}, 'env', (dict,)); app.connect('doctree-read', on_document)
+    app.add_config_value('docs_names', {}, 'env', (dict,))
+    app.connect('doctree-read', on_document)
     return dict(parallel_read_safe=True, parallel_write_safe=True)
 
 # %% ../../nbs/tools/05_docs.ipynb #84bb6373
-def linked_names(package: Package) -> dict[str, str]: # as written in prose -> full name
+def linked_names(package: Package) -> dict[str, str]:  # as written in prose -> full name
     "Names that code spans link to; `module.name` always, `name` if it is unique, has four letters and no notebook is called so."
-    full = [(m, e.name) for m, entries in package.modules.items() for e in entries]; short = [n for _, n in full]
+    full = [(m, e.name) for m, entries in package.modules.items() for e in entries]
+    short = [n for _, n in full]
     taken = {n for names in GROUPS.values() for n in names}
-    names = {n: f'neuralsolver.{m}.{n}' for m, n in full if short.count(n) == 1 and len(n) > 3 and n not in taken}
-    return names | {p + f'{m}.{n}': f'neuralsolver.{m}.{n}' for m, n in full for p in ('', 'neuralsolver.')}
+    names = {
+        n: f'neuralsolver.{m}.{n}'
+        for m, n in full
+        if short.count(n) == 1 and len(n) > 3 and n not in taken
+    }
+    return names | {
+        p + f'{m}.{n}': f'neuralsolver.{m}.{n}' for m, n in full for p in ('', 'neuralsolver.')
+    }
+
 
 def toctrees(groups: dict[str, list[str]]) -> str:
     "The navigation as Markdown for Sphinx; group -> sources without their ending."
-    return '\n\n'.join('\n'.join(['```{toctree}', ':hidden:', f':caption: {title}', '', *pages, '```']) for title, pages in groups.items())
+    return '\n\n'.join(
+        '\n'.join(['```{toctree}', ':hidden:', f':caption: {title}', '', *pages, '```'])
+        for title, pages in groups.items()
+    )
 
 # %% ../../nbs/tools/05_docs.ipynb #f6422abe
 def stage_site(
-    root: Path, # the repository
-    out: Path, # an empty folder
-) -> list[str]: # pages, as paths in the repository
+    root: Path,  # the repository
+    out: Path,  # an empty folder
+) -> list[str]:  # pages, as paths in the repository
     "Write everything that Sphinx reads."
-    config = ConfigParser(delimiters=['='], interpolation=None); config.read(root / 'settings.ini', encoding='utf-8'); cfg = config['DEFAULT']
+    config = ConfigParser(delimiters=['='], interpolation=None)
+    config.read(root / 'settings.ini', encoding='utf-8')
+    cfg = config['DEFAULT']
     found = sorted(p.relative_to(root).as_posix() for p in (root / 'nbs').rglob('*.ipynb'))
     books = [f.removeprefix('nbs/') for f in found if _is_page(f)]
     first = [f for f in ('reports/index.md', 'data/README.md') if (root / f).exists()]
-    stage = Stage(root, out, cfg['git_url'], cfg['branch'], [f'nbs/{b}' for b in books] + first); package = Package(root / cfg['lib_path'])
-    for folder in ('_static', '_extra', 'nbs', 'api'): (out / folder).mkdir(parents=True)
+    stage = Stage(root, out, cfg['git_url'], cfg['branch'], [f'nbs/{b}' for b in books] + first)
+    package = Package(root / cfg['lib_path'])
+    for folder in ('_static', '_extra', 'nbs', 'api'):
+        (out / folder).mkdir(parents=True)
     home = {}
-    for page in stage.pages: # grows on the way
-        source, resolve, target = (root / page).read_text(encoding='utf-8'), lambda t, raw, page=page: stage.resolve(t, page, raw), out / stage.where(page)
-        if page.endswith('.ipynb'): home[page] = notebook_page(json.loads(source), resolve); text = json.dumps(home[page])
-        else: text = ('' if source.lstrip().startswith('#') else f'# {Path(page).stem}\n\n') + rewrite_links(re.sub(r'(?m)^<a id="([\w-]+)"></a>[ \t]*\n', r'(\1)=\n', source), resolve) # anchors as this Markdown writes them
-        target.parent.mkdir(parents=True, exist_ok=True); write_text(target, text)
+    for page in stage.pages:  # grows on the way
+        source, resolve, target = (
+            (root / page).read_text(encoding='utf-8'),
+            lambda t, raw, page=page: stage.resolve(t, page, raw),
+            out / stage.where(page),
+        )
+        if page.endswith('.ipynb'):
+            home[page] = notebook_page(json.loads(source), resolve)
+            text = json.dumps(home[page])
+        else:
+            text = (
+                '' if source.lstrip().startswith('#') else f'# {Path(page).stem}\n\n'
+            ) + rewrite_links(
+                re.sub(r'(?m)^<a id="([\w-]+)"></a>[ \t]*\n', r'(\1)=\n', source), resolve
+            )  # anchors as this Markdown writes them
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, text)
     more = [p.removesuffix('.md') for p in stage.pages if p.endswith('.md')]
-    groups = {t: [f'nbs/{s}' for s in stems] for t, stems in navigation([b.removesuffix('.ipynb') for b in books]).items()} | {'Reference': ['api/index', *more]}
-    home['nbs/index.ipynb']['cells'].append(dict(cell_type='markdown', id='navigation', metadata={}, source=toctrees(groups)))
+    groups = {
+        t: [f'nbs/{s}' for s in stems]
+        for t, stems in navigation([b.removesuffix('.ipynb') for b in books]).items()
+    } | {'Reference': ['api/index', *more]}
+    home['nbs/index.ipynb']['cells'].append(
+        dict(cell_type='markdown', id='navigation', metadata={}, source=toctrees(groups))
+    )
     write_text(out / 'index.ipynb', json.dumps(home['nbs/index.ipynb']))
     for module, entries in package.modules.items():
-        if entries: write_text(out / f'api/{module}.md', api_page(package, module, lambda cell: '../nbs/' + cell.replace('.ipynb#', '.html#cell-')))
-    write_text(out / 'api/index.md', api_index(package)); write_text(out / '_static/site.css', CSS)
+        if entries:
+            write_text(
+                out / f'api/{module}.md',
+                api_page(
+                    package, module, lambda cell: '../nbs/' + cell.replace('.ipynb#', '.html#cell-')
+                ),
+            )
+    write_text(out / 'api/index.md', api_index(package))
+    write_text(out / '_static/site.css', CSS)
     shutil.copyfile(mathjax_file(), out / '_static/tex-svg-full.js')
-    conf = CONF | dict(project=cfg['lib_name'], html_title=cfg['title'], copyright=cfg['copyright'], docs_names=linked_names(package))
+    conf = CONF | dict(
+        project=cfg['lib_name'],
+        html_title=cfg['title'],
+        copyright=cfg['copyright'],
+        docs_names=linked_names(package),
+    )
     write_text(out / 'conf.py', '\n'.join(f'{k} = {v!r}' for k, v in conf.items()) + '\n')
     return stage.pages
 
 # %% ../../nbs/tools/05_docs.ipynb #fe0d6722
 def mathjax_file() -> Path:
     "MathJax 3 in one file, from the package sphinx-mathjax-offline."
-    try: files = metadata.files('sphinx-mathjax-offline')
-    except metadata.PackageNotFoundError: raise ModuleNotFoundError('The site needs its builder: pip install -e ".[dev]".') from None
+    try:
+        files = metadata.files('sphinx-mathjax-offline')
+    except metadata.PackageNotFoundError:
+        raise ModuleNotFoundError('The site needs its builder: pip install -e ".[dev]".') from None
     return Path(next(f for f in files if f.name == 'tex-svg-full.js').locate())
 
 # %% ../../nbs/tools/05_docs.ipynb #dc8e118b
 class Page(HTMLParser):
     "Anchors and links of an HTML page."
+
     def __init__(self, text: str):
-        super().__init__(); self.ids, self.links = {'', 'top'}, []
+        super().__init__()
+        self.ids, self.links = {'', 'top'}, []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         for key, value in attrs:
-            if key == 'id' or key == 'name' and tag == 'a': self.ids.add(value)
-            elif key in ('href', 'src', 'data', 'poster') and value is not None: self.links.append((tag, key, value))
+            if key == 'id' or key == 'name' and tag == 'a':
+                self.ids.add(value)
+            elif key in ('href', 'src', 'data', 'poster') and value is not None:
+                self.links.append((tag, key, value))
+
 
 def check_site(
-    folder: str | os.PathLike, # the site
-) -> list[str]: # one line a problem: page, link, what is wrong
+    folder: str | os.PathLike,  # the site
+) -> list[str]:  # one line a problem: page, link, what is wrong
     "Links of all pages that lead nowhere: a missing file, or a missing anchor in an existing page."
-    folder = Path(folder).resolve(); pages = {p: Page(p.read_text(encoding='utf-8')) for p in sorted(folder.rglob('*.html'))}; problems = []
+    folder = Path(folder).resolve()
+    pages = {p: Page(p.read_text(encoding='utf-8')) for p in sorted(folder.rglob('*.html'))}
+    problems = []
     for page, parsed in pages.items():
         for tag, key, link in parsed.links:
-            if re.match(r'(https?|mailto|data|javascript):|//', link, re.I): continue
-            path, _, fragment = unquote(link).partition('#'); path = path.split('?')[0]
+            if re.match(r'(https?|mailto|data|javascript):|//', link, re.I):
+                continue
+            path, _, fragment = unquote(link).partition('#')
+            path = path.split('?')[0]
             target = (page.parent / path).resolve() if path else page
-            if target.is_dir(): target = target / 'index.html'
-            wrong = 'outside the site' if not target.is_relative_to(folder) else 'no such file' if not target.exists() else \
-                'no such anchor' if target in pages and fragment not in pages[target].ids else ''
-            if wrong: problems.append(f'{page.relative_to(folder)}: <{tag} {key}="{link}">: {wrong}')
+            if target.is_dir():
+                target = target / 'index.html'
+            wrong = (
+                'outside the site'
+                if not target.is_relative_to(folder)
+                else 'no such file'
+                if not target.exists()
+                else 'no such anchor'
+                if target in pages and fragment not in pages[target].ids
+                else ''
+            )
+            if wrong:
+                problems.append(f'{page.relative_to(folder)}: <{tag} {key}="{link}">: {wrong}')
     return problems
 
 # %% ../../nbs/tools/05_docs.ipynb #e035ad4e
@@ -468,26 +812,62 @@ def install(site: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix='._docs-') as tmp:
         shutil.copytree(site, Path(tmp) / 'new')
-        if out.exists(): os.rename(out, Path(tmp) / 'old')
+        if out.exists():
+            os.rename(out, Path(tmp) / 'old')
         os.rename(Path(tmp) / 'new', out)
 
+
 def build_site(
-    out: str | os.PathLike = '', # folder of the site, '' = doc_path of settings.ini in the repository
-    root: str | os.PathLike = '', # the repository, '' = this one
-) -> list[str]: # warnings of Sphinx
+    out: str
+    | os.PathLike = '',  # folder of the site, '' = doc_path of settings.ini in the repository
+    root: str | os.PathLike = '',  # the repository, '' = this one
+) -> list[str]:  # warnings of Sphinx
     "Build the site without executing a notebook. Raises ValueError, and leaves the old site, if Sphinx fails or a link is dead."
     root = Path(root) if root else repository_root()
     if root is None or not (root / 'nbs/index.ipynb').exists():
-        raise ValueError(f'root={str(root)!r} is not allowed: the site is made from a clone, with nbs/index.ipynb.')
+        raise ValueError(
+            f'root={str(root)!r} is not allowed: the site is made from a clone, with nbs/index.ipynb.'
+        )
     out = Path(out).resolve() if out else root / '_docs'
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / 'objects.inv').exists()):
-        raise ValueError(f'out={str(out)!r} is not allowed: it exists and is not a site. Give another folder, or remove it.')
-    mathjax_file() # before anything is made
+    if out.exists() and (
+        not out.is_dir() or any(out.iterdir()) and not (out / 'objects.inv').exists()
+    ):
+        raise ValueError(
+            f'out={str(out)!r} is not allowed: it exists and is not a site. Give another folder, or remove it.'
+        )
+    mathjax_file()  # before anything is made
     with tempfile.TemporaryDirectory(prefix='docs-') as tmp:
-        source, site, log = (Path(tmp) / n for n in ('source', 'site', 'log')); stage_site(root, source)
-        command = [sys.executable, '-m', 'sphinx', '-q', '-b', 'html', '-d', Path(tmp) / 'doctrees', '-w', log, source, site]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1', NO_COLOR='1'))
-        if done.returncode: raise ValueError(f'Sphinx failed:\n{(done.stderr or done.stdout)[-4000:]}')
-        if dead := check_site(site): raise ValueError('Links that lead nowhere; correct them in the notebooks:\n' + '\n'.join(dead))
+        source, site, log = (Path(tmp) / n for n in ('source', 'site', 'log'))
+        stage_site(root, source)
+        command = [
+            sys.executable,
+            '-m',
+            'sphinx',
+            '-q',
+            '-b',
+            'html',
+            '-d',
+            Path(tmp) / 'doctrees',
+            '-w',
+            log,
+            source,
+            site,
+        ]
+        done = subprocess.run(
+            list(map(str, command)),
+            capture_output=True,
+            text=True,
+            env=os.environ | dict(OMP_NUM_THREADS='1', NO_COLOR='1'),
+        )
+        if done.returncode:
+            raise ValueError(f'Sphinx failed:\n{(done.stderr or done.stdout)[-4000:]}')
+        if dead := check_site(site):
+            raise ValueError(
+                'Links that lead nowhere; correct them in the notebooks:\n' + '\n'.join(dead)
+            )
         install(site, out)
-        return [re.sub(r'\x1b\[[0-9;]*m', '', l).replace(f'{source}/', '') for l in log.read_text(encoding='utf-8').splitlines() if l.strip()]
+        return [
+            re.sub(r'\x1b\[[0-9;]*m', '', l).replace(f'{source}/', '')
+            for l in log.read_text(encoding='utf-8').splitlines()
+            if l.strip()
+        ]

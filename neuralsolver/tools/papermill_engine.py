@@ -14,119 +14,169 @@ import click
 
 # %% ../../nbs/tools/02_papermill_engine.ipynb #54ed97d4
 def is_ours(
-    nb: Mapping, # a notebook: parsed JSON or nbformat node
+    nb: Mapping,  # a notebook: parsed JSON or nbformat node
 ) -> bool:
     "Does the notebook carry this project's papermill mark?"
     mark = nb.get('metadata', {}).get('neuralsolver')
     return isinstance(mark, Mapping) and mark.get('papermill') is True
 
 # %% ../../nbs/tools/02_papermill_engine.ipynb #d4dcbad7
-NARGS = {**dict.fromkeys('-p --p --parameters -r --parameters_raw'.split(), 2), # values per option; all others are flags
-         **dict.fromkeys('-f --parameters_file -y --parameters_yaml -b --parameters_base64 --engine --autosave-cell-every -k --kernel '
-                         '-l --language --cwd --stdout-file --stderr-file --log-level --start-timeout --start_timeout '
-                         '--execution-timeout'.split(), 1)}
+NARGS = {
+    **dict.fromkeys(
+        '-p --p --parameters -r --parameters_raw'.split(), 2
+    ),  # values per option; all others are flags
+    **dict.fromkeys(
+        '-f --parameters_file -y --parameters_yaml -b --parameters_base64 --engine --autosave-cell-every -k --kernel '
+        '-l --language --cwd --stdout-file --stderr-file --log-level --start-timeout --start_timeout '
+        '--execution-timeout'.split(),
+        1,
+    ),
+}
+
 
 def split_args(
-    args: Sequence[str], # what follows the program's name
-) -> tuple[list[str], list[int]]: # the same with `--p` spelt `-p`; indices of the positional arguments in it
+    args: Sequence[str],  # what follows the program's name
+) -> tuple[
+    list[str], list[int]
+]:  # the same with `--p` spelt `-p`; indices of the positional arguments in it
     "Read a papermill command line as click does."
     out, positional, rest = [], [], list(args)
     while rest:
         word = rest.pop(0)
-        if word == '--': # all that follows is positional
+        if word == '--':  # all that follows is positional
             positional += range(len(out) + 1, len(out) + 1 + len(rest))
             return out + [word, *rest], positional
         if word == '-' or not word.startswith('-'):
-            positional.append(len(out)); out.append(word)
+            positional.append(len(out))
+            out.append(word)
             continue
-        name, attached = (word.partition('=')[0], '=' in word) if word.startswith('--') else (word[:2], len(word) > 2)
+        name, attached = (
+            (word.partition('=')[0], '=' in word)
+            if word.startswith('--')
+            else (word[:2], len(word) > 2)
+        )
         out += [word] if name != '--p' else ['-p', word[4:]] if attached else ['-p']
         values = max(NARGS.get(name, 0) - attached, 0)
-        out += rest[:values]; del rest[:values]
+        out += rest[:values]
+        del rest[:values]
     return out, positional
 
 # %% ../../nbs/tools/02_papermill_engine.ipynb #5054e923
 def default_output(
-    notebook: str, # papermill's first positional argument
-) -> str | None: # relative to the working directory; None for whatever is not a notebook of ours inside a folder `nbs`
+    notebook: str,  # papermill's first positional argument
+) -> (
+    str | None
+):  # relative to the working directory; None for whatever is not a notebook of ours inside a folder `nbs`
     "Where a notebook of ours goes if no output is named: `reports/` beside its `nbs/`, created if missing."
     path = Path(notebook)
-    if not path.is_file() or not is_ours(json.loads(path.read_text(encoding='utf-8'))): return None
+    if not path.is_file() or not is_ours(json.loads(path.read_text(encoding='utf-8'))):
+        return None
     nbs = next((p for p in path.resolve().parents if p.name == 'nbs'), None)
-    if nbs is None: return None
-    (nbs.parent / 'reports').mkdir(exist_ok=True) # papermill wants an existing folder
+    if nbs is None:
+        return None
+    (nbs.parent / 'reports').mkdir(exist_ok=True)  # papermill wants an existing folder
     return os.path.relpath(nbs.parent / 'reports' / path.name)
 
+
 def rewrite(
-    args: Sequence[str], # what follows the program's name
+    args: Sequence[str],  # what follows the program's name
 ) -> list[str]:
     "The command line that papermill is to see."
     args, positional = split_args(args)
     output = default_output(args[positional[0]]) if len(positional) == 1 else None
-    if output: args.insert(positional[0] + 1, output)
+    if output:
+        args.insert(positional[0] + 1, output)
     return args
 
 # %% ../../nbs/tools/02_papermill_engine.ipynb #ea1a3d42
 class ParameterError(click.ClickException, ValueError):
     "An unknown parameter, or no parameters cell. On the command line: one line and exit code 2."
+
     exit_code = 2
 
+
 def parameter_names(
-    source: str, # the parameters cell
+    source: str,  # the parameters cell
 ) -> list[str]:
     "Names assigned in a parameters cell."
     body = ast.parse(source).body
-    targets = [t for node in body for t in getattr(node, 'targets', [getattr(node, 'target', None)])]
+    targets = [
+        t for node in body for t in getattr(node, 'targets', [getattr(node, 'target', None)])
+    ]
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
+
 def check_parameters(
-    nb: Mapping, # a notebook, already parameterised by papermill
-    notebook: str = 'notebook', # what to call it in the message
+    nb: Mapping,  # a notebook, already parameterised by papermill
+    notebook: str = 'notebook',  # what to call it in the message
 ) -> None:
     "ParameterError if a notebook of ours lacks its parameters cell or one of the parameters given."
-    if not is_ours(nb): return
+    if not is_ours(nb):
+        return
     cells = [c for c in nb['cells'] if 'parameters' in c['metadata'].get('tags', [])]
     if len(cells) != 1:
-        raise ParameterError(f'{notebook}: {len(cells) or "no"} cell is tagged `parameters`, so parameters would have no effect. '
-                             'Tag the one cell that defines them.')
+        raise ParameterError(
+            f'{notebook}: {len(cells) or "no"} cell is tagged `parameters`, so parameters would have no effect. '
+            'Tag the one cell that defines them.'
+        )
     allowed = parameter_names(cells[0]['source'])
     given = nb['metadata'].get('papermill', {}).get('parameters') or {}
-    unknown = [p for p in given if p not in allowed and p not in ('PAPERMILL_INPUT_PATH', 'PAPERMILL_OUTPUT_PATH')]
-    if not unknown: return
+    unknown = [
+        p
+        for p in given
+        if p not in allowed and p not in ('PAPERMILL_INPUT_PATH', 'PAPERMILL_OUTPUT_PATH')
+    ]
+    if not unknown:
+        return
     close = {p: difflib.get_close_matches(p, allowed, 1) for p in unknown}
-    said = ', '.join(f'{p!r}' + (f' (did you mean {c[0]!r}?)' if c else '') for p, c in close.items())
+    said = ', '.join(
+        f'{p!r}' + (f' (did you mean {c[0]!r}?)' if c else '') for p, c in close.items()
+    )
     raise ParameterError(f'{notebook}: unknown parameter {said}. Allowed: {", ".join(allowed)}.')
 
 # %% ../../nbs/tools/02_papermill_engine.ipynb #48536396
 def _nbclient():
     from papermill.engines import NBClientEngine
+
     return NBClientEngine
+
 
 class NeuralSolverEngine:
     "Papermill's default engine; notebooks of ours are checked before the kernel starts."
+
     @staticmethod
     def execute_notebook(nb, kernel_name, input_path=None, **kwargs):
         check_parameters(nb, input_path if isinstance(input_path, str) else 'notebook')
         return _nbclient().execute_notebook(nb, kernel_name, input_path=input_path, **kwargs)
+
     @staticmethod
-    def nb_kernel_name(nb, name=None): return _nbclient().nb_kernel_name(nb, name)
+    def nb_kernel_name(nb, name=None):
+        return _nbclient().nb_kernel_name(nb, name)
+
     @staticmethod
-    def nb_language(nb, language=None): return _nbclient().nb_language(nb, language)
+    def nb_language(nb, language=None):
+        return _nbclient().nb_language(nb, language)
+
 
 def running_papermill() -> bool:
     "Is this process the papermill command, or `python -m papermill`?"
     program = sys.argv[0] if sys.argv else ''
-    if program == '-m': # sys.argv[0] while `python -m NAME` imports the package NAME
+    if program == '-m':  # sys.argv[0] while `python -m NAME` imports the package NAME
         program = re.sub(r'^-\w*m', '', sys.orig_argv[-len(sys.argv)])
         return program in ('papermill', 'papermill.__main__')
     return Path(program).name in ('papermill', 'papermill.exe', 'papermill-script.py')
 
+
 def register() -> None:
     "Become papermill's default engine; normalise the command line if it is papermill's."
     from papermill.engines import papermill_engines
+
     papermill_engines.register(None, NeuralSolverEngine)
     if running_papermill():
-        with contextlib.suppress(Exception): # papermill speaks for itself about notebooks that cannot be read
+        with contextlib.suppress(
+            Exception
+        ):  # papermill speaks for itself about notebooks that cannot be read
             sys.argv[1:] = rewrite(sys.argv[1:])
+
 
 register()

@@ -14,263 +14,630 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 from ..evaluate import hardware
-from ..utils import atomic_path, check_choice, check_int, data_file, data_root, package_root, reports_root, repository_root, sha256, split_names, write_json, write_text
+from neuralsolver.utils import (
+    atomic_path,
+    check_choice,
+    check_int,
+    data_file,
+    data_root,
+    package_root,
+    reports_root,
+    repository_root,
+    sha256,
+    split_names,
+    write_json,
+    write_text,
+)
 
 # %% ../../nbs/tools/04_reproduce.ipynb #ee465f64
 STATUS = ('regenerated', 'stand-in', 'needs checkpoints', 'not reproducible')
-COLUMNS = ('item', 'title', 'shows', 'reported', 'notebook', 'embedded', 'paper', 'outputs', 'paper_outputs', 'reads', 'minutes', 'paper_minutes', 'status', 'why')
+COLUMNS = (
+    'item',
+    'title',
+    'shows',
+    'reported',
+    'notebook',
+    'embedded',
+    'paper',
+    'outputs',
+    'paper_outputs',
+    'reads',
+    'minutes',
+    'paper_minutes',
+    'status',
+    'why',
+)
 PROFILES = ('embedded', 'paper')
+
 
 @functools.cache
 def read_items(
-    file: str | os.PathLike | None = None, # None = data/items.csv
-) -> pd.DataFrame: # one row an item, all columns text
+    file: str | os.PathLike | None = None,  # None = data/items.csv
+) -> pd.DataFrame:  # one row an item, all columns text
     "The manifest; a ValueError names the row that is wrong."
-    file = Path(file or data_file('items.csv')); items = pd.read_csv(file, dtype=str, keep_default_na=False)
-    if tuple(items.columns) != COLUMNS: raise ValueError(f'{file}: columns are {", ".join(items.columns)}; needed: {", ".join(COLUMNS)}.')
+    file = Path(file or data_file('items.csv'))
+    items = pd.read_csv(file, dtype=str, keep_default_na=False)
+    if tuple(items.columns) != COLUMNS:
+        raise ValueError(
+            f'{file}: columns are {", ".join(items.columns)}; needed: {", ".join(COLUMNS)}.'
+        )
     for i in items.to_dict('records'):
-        def wrong(what): raise ValueError(f'{file}, item {i["item"]!r}: {what}.')
-        if not re.fullmatch(r'[a-z0-9-]+', i['item']) or (items.item == i['item']).sum() > 1: wrong('names are distinct and made of small letters, digits and -')
-        if i['status'] not in STATUS: wrong(f'status {i["status"]!r} is none of {", ".join(STATUS)}')
-        if i['status'] != 'regenerated' and not i['why'] and 'stand-in' not in i['item']: wrong('a status other than regenerated needs a reason (why)')
+
+        def wrong(what):
+            raise ValueError(f'{file}, item {i["item"]!r}: {what}.')
+
+        if not re.fullmatch(r'[a-z0-9-]+', i['item']) or (items.item == i['item']).sum() > 1:
+            wrong('names are distinct and made of small letters, digits and -')
+        if i['status'] not in STATUS:
+            wrong(f'status {i["status"]!r} is none of {", ".join(STATUS)}')
+        if i['status'] != 'regenerated' and not i['why'] and 'stand-in' not in i['item']:
+            wrong('a status other than regenerated needs a reason (why)')
         for profile, minutes in (('embedded', 'minutes'), ('paper', 'paper_minutes')):
-            if bool(i[profile]) != i[minutes].isdigit(): wrong(f'{profile} and {minutes} go together')
+            if bool(i[profile]) != i[minutes].isdigit():
+                wrong(f'{profile} and {minutes} go together')
             words = shlex.split(i[profile])
-            if len(words) % 3 or any(w != '-p' for w in words[::3]): wrong(f'{profile}={i[profile]!r} is not a list of -p NAME VALUE')
-        if (i['embedded'] or i['paper']) and not i['notebook']: wrong('parameters without a notebook')
+            if len(words) % 3 or any(w != '-p' for w in words[::3]):
+                wrong(f'{profile}={i[profile]!r} is not a list of -p NAME VALUE')
+        if (i['embedded'] or i['paper']) and not i['notebook']:
+            wrong('parameters without a notebook')
     return items
 
 # %% ../../nbs/tools/04_reproduce.ipynb #bc7b864c
 @dataclass(frozen=True)
 class Run:
     "One execution of a notebook."
-    notebook: str # below nbs/, without suffix
-    parameters: tuple[tuple[str, str], ...] # names and values
-    outputs: tuple[str, ...] # files below reports/
-    reads: tuple[str, ...] # patterns of files below reports/ that go in
-    minutes: int # expected
+
+    notebook: str  # below nbs/, without suffix
+    parameters: tuple[tuple[str, str], ...]  # names and values
+    outputs: tuple[str, ...]  # files below reports/
+    reads: tuple[str, ...]  # patterns of files below reports/ that go in
+    minutes: int  # expected
 
     @property
     def name(self) -> str:
         "For its files: the notebook, and a few characters of its parameters."
-        return Path(self.notebook).name + (f'_{hashlib.sha256(repr(self.parameters).encode()).hexdigest()[:6]}' if self.parameters else '')
+        return Path(self.notebook).name + (
+            f'_{hashlib.sha256(repr(self.parameters).encode()).hexdigest()[:6]}'
+            if self.parameters
+            else ''
+        )
 
     @property
     def command(self) -> str:
         "What a reader would type."
-        return ' '.join([f'papermill nbs/{self.notebook}.ipynb', *(f'-p {k} {shlex.quote(v)}' for k, v in self.parameters)])
+        return ' '.join(
+            [
+                f'papermill nbs/{self.notebook}.ipynb',
+                *(f'-p {k} {shlex.quote(v)}' for k, v in self.parameters),
+            ]
+        )
+
 
 def select_items(
-    names: str, # 'all', or names or beginnings of names (figure-4), separated by commas
-    items: pd.DataFrame, # from `read_items`
+    names: str,  # 'all', or names or beginnings of names (figure-4), separated by commas
+    items: pd.DataFrame,  # from `read_items`
 ) -> pd.DataFrame:
     "The rows asked for, in the order of the manifest."
-    if names == 'all': return items
+    if names == 'all':
+        return items
     chosen = set()
     for n in split_names('items', names):
         hits = [i for i in items['item'] if i == n or i.startswith(f'{n}-')]
-        if not hits: raise ValueError(f'items={names!r} is not allowed: {n!r} is not in the manifest. There are: {", ".join(items["item"])}; or all.')
+        if not hits:
+            raise ValueError(
+                f'items={names!r} is not allowed: {n!r} is not in the manifest. There are: {", ".join(items["item"])}; or all.'
+            )
         chosen.update(hits)
     return items[items['item'].isin(chosen)]
 
+
 def runs_of(
-    items: pd.DataFrame, # chosen
-    profile: str, # 'embedded' or 'paper'
-    manifest: pd.DataFrame, # all items: a run's outputs are those of every item it serves
-) -> dict[str, Run]: # by item; items without a command in this profile are left out
+    items: pd.DataFrame,  # chosen
+    profile: str,  # 'embedded' or 'paper'
+    manifest: pd.DataFrame,  # all items: a run's outputs are those of every item it serves
+) -> dict[str, Run]:  # by item; items without a command in this profile are left out
     "What has to run for the items."
-    check_choice('profile', profile, PROFILES); column = 'outputs' if profile == 'embedded' else 'paper_outputs'
+    check_choice('profile', profile, PROFILES)
+    column = 'outputs' if profile == 'embedded' else 'paper_outputs'
     key = lambda i: (i['notebook'], tuple(zip(*[iter(shlex.split(i[profile]))] * 3)))
     served, split = {}, lambda text: [t for t in text.split(';') if t]
     for i in manifest.to_dict('records'):
-        if i[profile]: served.setdefault(key(i), []).append(i)
-    made = {k: Run(k[0], tuple(p[1:] for p in k[1]), tuple(dict.fromkeys(o for i in group for o in split(i[column]))), tuple(dict.fromkeys(r for i in group for r in split(i['reads']) if profile == 'embedded' or i['embedded'] == i['paper'])),
-                   max(int(i['minutes' if profile == 'embedded' else 'paper_minutes']) for i in group)) for k, group in served.items()}
+        if i[profile]:
+            served.setdefault(key(i), []).append(i)
+    made = {
+        k: Run(
+            k[0],
+            tuple(p[1:] for p in k[1]),
+            tuple(dict.fromkeys(o for i in group for o in split(i[column]))),
+            tuple(
+                dict.fromkeys(
+                    r
+                    for i in group
+                    for r in split(i['reads'])
+                    if profile == 'embedded' or i['embedded'] == i['paper']
+                )
+            ),
+            max(int(i['minutes' if profile == 'embedded' else 'paper_minutes']) for i in group),
+        )
+        for k, group in served.items()
+    }
     return {i['item']: made[key(i)] for i in items.to_dict('records') if i[profile]}
 
 # %% ../../nbs/tools/04_reproduce.ipynb #5334d3d0
-IGNORED = ('reproduce', 'docs', '_modidx') # modules that no number depends on
-LIBRARIES = ('torch', 'torchvision', 'numpy', 'pandas', 'scipy', 'safetensors', 'lion-pytorch', 'torch-fidelity', 'diffusers', 'transformers', 'matplotlib', 'seaborn', 'papermill')
-ALONE = ('studies/benchmark', 'studies/gpu_benchmark') # notebooks that measure time: nothing runs beside them
+IGNORED = ('reproduce', 'docs', '_modidx')  # modules that no number depends on
+LIBRARIES = (
+    'torch',
+    'torchvision',
+    'numpy',
+    'pandas',
+    'scipy',
+    'safetensors',
+    'lion-pytorch',
+    'torch-fidelity',
+    'diffusers',
+    'transformers',
+    'matplotlib',
+    'seaborn',
+    'papermill',
+)
+ALONE = (
+    'studies/benchmark',
+    'studies/gpu_benchmark',
+)  # notebooks that measure time: nothing runs beside them
+
 
 @functools.cache
 def code_cells(file: Path) -> bytes:
     "The code of a notebook, without prose and outputs."
-    return '\n'.join(''.join(c['source']) for c in json.loads(file.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code').encode()
+    return '\n'.join(
+        ''.join(c['source'])
+        for c in json.loads(file.read_text(encoding='utf-8'))['cells']
+        if c['cell_type'] == 'code'
+    ).encode()
+
 
 def tree_hash(folder: Path, ignored: tuple[str, ...] = ()) -> str:
     "Of names and contents of all files below a folder."
     h = hashlib.sha256()
-    for f in sorted(p for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts and p.stem not in ignored): h.update(f.relative_to(folder).as_posix().encode()); h.update(sha256(f).encode())
+    for f in sorted(
+        p
+        for p in folder.rglob('*')
+        if p.is_file() and '__pycache__' not in p.parts and p.stem not in ignored
+    ):
+        h.update(f.relative_to(folder).as_posix().encode())
+        h.update(sha256(f).encode())
     return h.hexdigest()[:12]
+
 
 @functools.cache
 def provenance() -> dict:
     "What all runs of this process have in common: hashes of package and data, versions, commit."
-    git = lambda *a: subprocess.run(['git', *a], cwd=repository_root(), capture_output=True, text=True).stdout.strip()
-    return dict(package=tree_hash(package_root(), IGNORED), data=tree_hash(data_root(), ('items', 'README')), commit=git('rev-parse', '--short=10', 'HEAD') or 'unknown', changed=bool(git('status', '--porcelain', '--', 'nbs', 'neuralsolver', 'data')),
-                versions={n: importlib.metadata.version(n) if importlib.util.find_spec(n.replace('-', '_')) else 'not installed' for n in LIBRARIES} | dict(python=platform.python_version()), hardware=hardware('cpu').partition(',')[0])
+    git = lambda *a: subprocess.run(
+        ['git', *a], cwd=repository_root(), capture_output=True, text=True
+    ).stdout.strip()
+    return dict(
+        package=tree_hash(package_root(), IGNORED),
+        data=tree_hash(data_root(), ('items', 'README')),
+        commit=git('rev-parse', '--short=10', 'HEAD') or 'unknown',
+        changed=bool(git('status', '--porcelain', '--', 'nbs', 'neuralsolver', 'data')),
+        versions={
+            n: importlib.metadata.version(n)
+            if importlib.util.find_spec(n.replace('-', '_'))
+            else 'not installed'
+            for n in LIBRARIES
+        }
+        | dict(python=platform.python_version()),
+        hardware=hardware('cpu').partition(',')[0],
+    )
+
 
 def identity(
-    run: Run, # what is asked for
-    reports: Path, # folder of the results
-) -> dict[str, str]: # name: hash or version
+    run: Run,  # what is asked for
+    reports: Path,  # folder of the results
+) -> dict[str, str]:  # name: hash or version
     "All that a run's result depends on."
-    p = provenance(); files = sorted({f for pattern in run.reads for f in reports.glob(pattern)}); h = hashlib.sha256()
-    for f in files: h.update(f.relative_to(reports).as_posix().encode()); h.update(sha256(f).encode())
-    return dict(notebook=hashlib.sha256(code_cells(repository_root() / 'nbs' / f'{run.notebook}.ipynb')).hexdigest()[:12], parameters=repr(run.parameters), package=p['package'], data=p['data'], reads=h.hexdigest()[:12],
-                **{n: v for n, v in p['versions'].items() if n not in ('papermill', 'matplotlib', 'seaborn')})
+    p = provenance()
+    files = sorted({f for pattern in run.reads for f in reports.glob(pattern)})
+    h = hashlib.sha256()
+    for f in files:
+        h.update(f.relative_to(reports).as_posix().encode())
+        h.update(sha256(f).encode())
+    return dict(
+        notebook=hashlib.sha256(
+            code_cells(repository_root() / 'nbs' / f'{run.notebook}.ipynb')
+        ).hexdigest()[:12],
+        parameters=repr(run.parameters),
+        package=p['package'],
+        data=p['data'],
+        reads=h.hexdigest()[:12],
+        **{
+            n: v
+            for n, v in p['versions'].items()
+            if n not in ('papermill', 'matplotlib', 'seaborn')
+        },
+    )
+
 
 def read_stamp(run: Run, reports: Path) -> dict:
     "What is known of the last run that ended; empty if there is none or it cannot be read."
-    try: return json.loads((reports / 'runs' / f'{run.name}.json').read_text(encoding='utf-8'))
-    except (OSError, json.JSONDecodeError): return {}
+    try:
+        return json.loads((reports / 'runs' / f'{run.name}.json').read_text(encoding='utf-8'))
+    except (OSError, json.JSONDecodeError):
+        return {}
+
 
 def why_run(
-    run: Run, # what is asked for
-    reports: Path, # folder of the results
-) -> str: # '' = nothing to do
+    run: Run,  # what is asked for
+    reports: Path,  # folder of the results
+) -> str:  # '' = nothing to do
     "Why a run is not up to date."
     stamp = read_stamp(run, reports)
-    if not stamp: return 'not run yet'
-    if stamp.get('failed'): return 'failed before'
-    now = identity(run, reports); differ = [k for k, v in now.items() if stamp['identity'].get(k) != v]
-    if differ: return f'{", ".join(differ)} changed'
-    gone = [o for o in run.outputs if not (reports / o).is_file() or sha256(reports / o) != stamp['outputs'].get(o)]
+    if not stamp:
+        return 'not run yet'
+    if stamp.get('failed'):
+        return 'failed before'
+    now = identity(run, reports)
+    differ = [k for k, v in now.items() if stamp['identity'].get(k) != v]
+    if differ:
+        return f'{", ".join(differ)} changed'
+    gone = [
+        o
+        for o in run.outputs
+        if not (reports / o).is_file() or sha256(reports / o) != stamp['outputs'].get(o)
+    ]
     return f'{gone[0]} is missing or was changed' if gone else ''
 
 # %% ../../nbs/tools/04_reproduce.ipynb #37569d2b
 def start(run: Run, reports: Path, threads: int) -> subprocess.Popen:
     "Begin a run in a process of its own; output notebook and log lie in reports/runs/."
-    folder = reports / 'runs'; folder.mkdir(parents=True, exist_ok=True); nbs = repository_root() / 'nbs'
-    (folder / f'{run.name}.json').unlink(missing_ok=True) # from here on the outputs are not those of a finished run
-    given = [w for k, v in run.parameters for w in ('-p', k, v)] + ([] if reports == reports_root('') else ['-p', 'reports_dir', str(reports)])
+    folder = reports / 'runs'
+    folder.mkdir(parents=True, exist_ok=True)
+    nbs = repository_root() / 'nbs'
+    (folder / f'{run.name}.json').unlink(
+        missing_ok=True
+    )  # from here on the outputs are not those of a finished run
+    given = [w for k, v in run.parameters for w in ('-p', k, v)] + (
+        [] if reports == reports_root('') else ['-p', 'reports_dir', str(reports)]
+    )
     env = os.environ | dict(OMP_NUM_THREADS=str(threads), MPLBACKEND='agg')
     with open(folder / f'{run.name}.log', 'w') as log:
-        return subprocess.Popen([sys.executable, '-m', 'papermill', str(nbs / f'{run.notebook}.ipynb'), str(folder / f'{run.name}.ipynb'), *given], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=repository_root(), start_new_session=True)
+        return subprocess.Popen(
+            [
+                sys.executable,
+                '-m',
+                'papermill',
+                str(nbs / f'{run.notebook}.ipynb'),
+                str(folder / f'{run.name}.ipynb'),
+                *given,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=env,
+            cwd=repository_root(),
+            start_new_session=True,
+        )
+
 
 def finish(run: Run, reports: Path, code: int, seconds: float, before: dict, beside: str) -> dict:
     "Keep what a run was and what came out."
     missing = [o for o in run.outputs if not (reports / o).is_file()]
-    stamp = dict(command=run.command, identity=before, seconds=round(seconds, 1), beside=beside, commit=provenance()['commit'], changed=provenance()['changed'], versions=provenance()['versions'], hardware=provenance()['hardware'])
-    if code: stamp['failed'] = f'ended with code {code}: ' + next((l for l in reversed((reports / 'runs' / f'{run.name}.log').read_text(errors='replace').splitlines()) if l.strip()), '')[:300]
-    elif identity(run, reports) != before: stamp['failed'] = 'what it rests on changed while it ran; the same command makes it again'
-    elif missing: stamp['failed'] = f'ended without {", ".join(missing)}: the outputs in data/items.csv are not those of the notebook'
-    else: stamp['outputs'] = {o: sha256(reports / o) for o in run.outputs}
+    stamp = dict(
+        command=run.command,
+        identity=before,
+        seconds=round(seconds, 1),
+        beside=beside,
+        commit=provenance()['commit'],
+        changed=provenance()['changed'],
+        versions=provenance()['versions'],
+        hardware=provenance()['hardware'],
+    )
+    if code:
+        stamp['failed'] = (
+            f'ended with code {code}: '
+            + next(
+                (
+                    l
+                    for l in reversed(
+                        (reports / 'runs' / f'{run.name}.log')
+                        .read_text(errors='replace')
+                        .splitlines()
+                    )
+                    if l.strip()
+                ),
+                '',
+            )[:300]
+        )
+    elif identity(run, reports) != before:
+        stamp['failed'] = 'what it rests on changed while it ran; the same command makes it again'
+    elif missing:
+        stamp['failed'] = (
+            f'ended without {", ".join(missing)}: the outputs in data/items.csv are not those of the notebook'
+        )
+    else:
+        stamp['outputs'] = {o: sha256(reports / o) for o in run.outputs}
     write_json(reports / 'runs' / f'{run.name}.json', stamp)
     return stamp
+
 
 def lend_inputs(runs: list[Run], reports: Path):
     "For another folder of results: the committed files that runs read and no run makes."
     home = reports_root('')
-    if reports == home: return
+    if reports == home:
+        return
     for pattern in {r for run in runs for r in run.reads}:
         for f in home.glob(pattern):
             target = reports / f.relative_to(home)
-            if not target.exists() and not any(target == reports / o for run in runs for o in run.outputs): target.parent.mkdir(parents=True, exist_ok=True); shutil.copy2(f, target)
+            if not target.exists() and not any(
+                target == reports / o for run in runs for o in run.outputs
+            ):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(f, target)
 
 # %% ../../nbs/tools/04_reproduce.ipynb #ba7df114
 def reproduce(
-    runs: dict[str, Run], # from `runs_of`
-    reports: str | os.PathLike, # folder of the results
-    jobs: int = 2, # runs at a time; the cores are shared
-    progress: bool = True, # tqdm progress bar, and a line for every run
-) -> dict[str, str]: # by run name: 'up to date', 'made', or what went wrong
+    runs: dict[str, Run],  # from `runs_of`
+    reports: str | os.PathLike,  # folder of the results
+    jobs: int = 2,  # runs at a time; the cores are shared
+    progress: bool = True,  # tqdm progress bar, and a line for every run
+) -> dict[str, str]:  # by run name: 'up to date', 'made', or what went wrong
     "Make what is not up to date; interrupting it ends the runs in progress, which go on next time."
     reports, active, done = Path(reports).resolve(), {}, {}
-    todo = sorted(dict.fromkeys(runs.values()), key=lambda r: (r.notebook in ALONE, -r.minutes)) # long ones first: the cores are then busy to the end
-    check_int('jobs', jobs); cores = os.cpu_count() or 1; (reports / 'runs').mkdir(parents=True, exist_ok=True); lock = open(reports / 'runs' / '.lock', 'w')
-    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e: raise ValueError(f'{reports}: another reproduce works in this folder. Wait for it, or give another one (--p reports_dir FOLDER).') from e
+    todo = sorted(
+        dict.fromkeys(runs.values()), key=lambda r: (r.notebook in ALONE, -r.minutes)
+    )  # long ones first: the cores are then busy to the end
+    check_int('jobs', jobs)
+    cores = os.cpu_count() or 1
+    (reports / 'runs').mkdir(parents=True, exist_ok=True)
+    lock = open(reports / 'runs' / '.lock', 'w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise ValueError(
+            f'{reports}: another reproduce works in this folder. Wait for it, or give another one (--p reports_dir FOLDER).'
+        ) from e
     lend_inputs(todo, reports)
-    waits = {r: [o for o in todo if o != r and any(fnmatch.fnmatch(f, pattern) for f in o.outputs for pattern in r.reads)] for r in todo}
-    with tqdm(total=sum(r.minutes for r in todo), desc='reproduce', unit='min expected', disable=not progress) as bar:
-        def close(run, what): done[run] = what; bar.update(run.minutes); progress and tqdm.write(f'{run.name}: {what}', file=sys.stdout)
-        def may_start(run): return len(active) < jobs and not any(r.notebook in ALONE for r in active) and (run.notebook not in ALONE or not active)
+    waits = {
+        r: [
+            o
+            for o in todo
+            if o != r and any(fnmatch.fnmatch(f, pattern) for f in o.outputs for pattern in r.reads)
+        ]
+        for r in todo
+    }
+    with tqdm(
+        total=sum(r.minutes for r in todo),
+        desc='reproduce',
+        unit='min expected',
+        disable=not progress,
+    ) as bar:
+
+        def close(run, what):
+            done[run] = what
+            bar.update(run.minutes)
+            progress and tqdm.write(f'{run.name}: {what}', file=sys.stdout)
+
+        def may_start(run):
+            return (
+                len(active) < jobs
+                and not any(r.notebook in ALONE for r in active)
+                and (run.notebook not in ALONE or not active)
+            )
+
         try:
             while len(done) < len(todo):
-                for run in [r for r in todo if r not in done and r not in active and all(o in done for o in waits[r])]:
-                    if not (reason := why_run(run, reports)): close(run, 'up to date'); continue
-                    if not may_start(run): continue
-                    before = identity(run, reports); alone = run.notebook in ALONE; threads = cores if alone else max(1, cores // jobs)
-                    active[run] = start(run, reports, threads), time.perf_counter(), before, f'{threads} threads, ' + ('alone' if alone or jobs == 1 else f'up to {jobs} runs at a time')
-                    if progress: tqdm.write(f'{run.name}: {reason}; {run.command}', file=sys.stdout)
+                for run in [
+                    r
+                    for r in todo
+                    if r not in done and r not in active and all(o in done for o in waits[r])
+                ]:
+                    if not (reason := why_run(run, reports)):
+                        close(run, 'up to date')
+                        continue
+                    if not may_start(run):
+                        continue
+                    before = identity(run, reports)
+                    alone = run.notebook in ALONE
+                    threads = cores if alone else max(1, cores // jobs)
+                    active[run] = (
+                        start(run, reports, threads),
+                        time.perf_counter(),
+                        before,
+                        f'{threads} threads, '
+                        + ('alone' if alone or jobs == 1 else f'up to {jobs} runs at a time'),
+                    )
+                    if progress:
+                        tqdm.write(f'{run.name}: {reason}; {run.command}', file=sys.stdout)
                 for run, (process, began, before, beside) in list(active.items()):
-                    if process.poll() is None: continue
-                    stamp = finish(run, reports, process.returncode, time.perf_counter() - began, before, beside); del active[run]; close(run, stamp.get('failed') or f'made in {stamp["seconds"]:.0f} s')
-                if len(done) < len(todo) and active: time.sleep(.2)
+                    if process.poll() is None:
+                        continue
+                    stamp = finish(
+                        run,
+                        reports,
+                        process.returncode,
+                        time.perf_counter() - began,
+                        before,
+                        beside,
+                    )
+                    del active[run]
+                    close(run, stamp.get('failed') or f'made in {stamp["seconds"]:.0f} s')
+                if len(done) < len(todo) and active:
+                    time.sleep(0.2)
         finally:
-            for process, *_ in active.values(): os.killpg(process.pid, signal.SIGTERM)
-            for process, *_ in active.values(): process.wait()
+            for process, *_ in active.values():
+                os.killpg(process.pid, signal.SIGTERM)
+            for process, *_ in active.values():
+                process.wait()
             lock.close()
     return {r.name: what for r, what in done.items()}
 
 # %% ../../nbs/tools/04_reproduce.ipynb #5fa50a81
 def reported_table(
-    selector: str, # WHERE, or WHERE|MODEL|METRICS separated by commas
-) -> str: # markdown; '' if there is nothing
+    selector: str,  # WHERE, or WHERE|MODEL|METRICS separated by commas
+) -> str:  # markdown; '' if there is nothing
     "What the paper reports, solvers down, steps across, one table a model and metric."
     where, model, metrics = (selector.split('|') + ['', ''])[:3]
-    table = pd.concat([pd.read_csv(data_file(f), dtype=dict(steps=str)) for f in ('reported.csv', 'reported_more.csv')])
-    table = table[(table['where'] == where) & (table.model.eq(model) if model else True) & (table.metric.isin(metrics.split(',')) if metrics else True)]
+    table = pd.concat(
+        [
+            pd.read_csv(data_file(f), dtype=dict(steps=str))
+            for f in ('reported.csv', 'reported_more.csv')
+        ]
+    )
+    table = table[
+        (table['where'] == where)
+        & (table.model.eq(model) if model else True)
+        & (table.metric.isin(metrics.split(',')) if metrics else True)
+    ]
     lines = []
     for (model, metric), part in table.groupby(['model', 'metric'], sort=False):
-        steps = list(dict.fromkeys(part.steps)); steps = sorted(steps, key=lambda s: (not s.isdigit(), int(s) if s.isdigit() else 0))
+        steps = list(dict.fromkeys(part.steps))
+        steps = sorted(steps, key=lambda s: (not s.isdigit(), int(s) if s.isdigit() else 0))
         cells = {(r.solver, r.steps): f'{r.value:g}' for r in part.itertuples()}
-        lines += ['', f'Reported: {metric}, {model}', '', '| | ' + ' | '.join(steps) + ' |', '|' + '---|' * (len(steps) + 1)]
-        lines += [f'| {s} | ' + ' | '.join(cells.get((s, n), '') for n in steps) + ' |' for s in dict.fromkeys(part.solver)]
+        lines += [
+            '',
+            f'Reported: {metric}, {model}',
+            '',
+            '| | ' + ' | '.join(steps) + ' |',
+            '|' + '---|' * (len(steps) + 1),
+        ]
+        lines += [
+            f'| {s} | ' + ' | '.join(cells.get((s, n), '') for n in steps) + ' |'
+            for s in dict.fromkeys(part.solver)
+        ]
     return '\n'.join(lines).strip()
 
-def csv_table(file: Path, most: int = 48) -> str: # markdown
-    "A data file as a table; long ones by their first rows."
-    table = pd.read_csv(file, dtype=str, keep_default_na=False); cut = table.head(most)
-    short = lambda v: f'{float(v):.4g}' if re.fullmatch(r'-?\d*\.\d{4,}(e-?\d+)?|-?\d\.\d+e[-+]\d+', v) else v.replace('|', '/')
-    lines = ['| ' + ' | '.join(table.columns) + ' |', '|' + '---|' * table.shape[1], *('| ' + ' | '.join(map(short, r)) + ' |' for r in cut.itertuples(index=False))]
-    return '\n'.join(lines + ([f'\n{len(table) - most} more rows in the file.'] if len(table) > most else []))
 
-def shown(name: str, reports: Path) -> str: # markdown
+def csv_table(file: Path, most: int = 48) -> str:  # markdown
+    "A data file as a table; long ones by their first rows."
+    table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    cut = table.head(most)
+    short = lambda v: (
+        f'{float(v):.4g}'
+        if re.fullmatch(r'-?\d*\.\d{4,}(e-?\d+)?|-?\d\.\d+e[-+]\d+', v)
+        else v.replace('|', '/')
+    )
+    lines = [
+        '| ' + ' | '.join(table.columns) + ' |',
+        '|' + '---|' * table.shape[1],
+        *('| ' + ' | '.join(map(short, r)) + ' |' for r in cut.itertuples(index=False)),
+    ]
+    return '\n'.join(
+        lines + ([f'\n{len(table) - most} more rows in the file.'] if len(table) > most else [])
+    )
+
+
+def shown(name: str, reports: Path) -> str:  # markdown
     "One output on the page."
     file = reports / name
-    if not file.is_file(): return f'`{name}` is not there.'
-    if name.endswith('.md'): return re.sub(r'\]\((?!\w+:|#|/)', f'](./{Path(name).parent.as_posix()}/', re.sub(r'(?m)^#+ (.*)$', r'**\1**', file.read_text(encoding='utf-8').strip()))
-    if name.endswith('.png'): return f'![{Path(name).stem.replace("_", " ")}]({name})'
-    return f'Data: [{name}]({name})' 
+    if not file.is_file():
+        return f'`{name}` is not there.'
+    if name.endswith('.md'):
+        return re.sub(
+            r'\]\((?!\w+:|#|/)',
+            f'](./{Path(name).parent.as_posix()}/',
+            re.sub(r'(?m)^#+ (.*)$', r'**\1**', file.read_text(encoding='utf-8').strip()),
+        )
+    if name.endswith('.png'):
+        return f'![{Path(name).stem.replace("_", " ")}]({name})'
+    return f'Data: [{name}]({name})'
 
 # %% ../../nbs/tools/04_reproduce.ipynb #a52ace5e
-def section(i: dict, run: Run | None, reports: Path) -> str: # markdown
+def section(i: dict, run: Run | None, reports: Path) -> str:  # markdown
     "An item on the page."
-    lines = [f'## {i["title"]}', '', f'<a id="{i["item"]}"></a>', f'{i["shows"]}. Status: **{i["status"]}**. {i["why"]}', '']
-    if i['reported'] and (table := reported_table(i['reported'])): lines += [table, '']
-    if run is None: return '\n'.join(lines + ['Nothing to run in this profile.', ''])
+    lines = [
+        f'## {i["title"]}',
+        '',
+        f'<a id="{i["item"]}"></a>',
+        f'{i["shows"]}. Status: **{i["status"]}**. {i["why"]}',
+        '',
+    ]
+    if i['reported'] and (table := reported_table(i['reported'])):
+        lines += [table, '']
+    if run is None:
+        return '\n'.join(lines + ['Nothing to run in this profile.', ''])
     mine, names = [o for o in run.outputs], [o for o in i['_outputs'].split(';') if o]
     has_md = any(o.endswith('.md') for o in names)
-    for o in sorted(names, key=lambda o: ['.md', '.csv', '.png', '.json', Path(o).suffix].index(Path(o).suffix)):
-        if o.endswith('.csv') and not has_md and (reports / o).is_file(): lines += [csv_table(reports / o), '']
+    for o in sorted(
+        names, key=lambda o: ['.md', '.csv', '.png', '.json', Path(o).suffix].index(Path(o).suffix)
+    ):
+        if o.endswith('.csv') and not has_md and (reports / o).is_file():
+            lines += [csv_table(reports / o), '']
         lines += [shown(o, reports) if not o.endswith('.json') else f'Protocol: [{o}]({o})', '']
-    if not names: lines += ['Shown with ' + ', '.join(f'`{o}`' for o in mine if o.endswith(('.md', '.png'))) + '.', '']
-    stamp = read_stamp(run, reports); stale = why_run(run, reports)
-    made = f'FAILED: {stamp["failed"]}' if stamp.get('failed') else 'not made on this machine: files as committed' if not stamp else \
-        f'made in {stamp["seconds"]:.0f} s ({stamp.get("beside", "how is not known")}; expected {run.minutes} min from nothing) at commit {stamp["commit"]}{" with changes" if stamp["changed"] else ""}, package {stamp["identity"]["package"]}, data {stamp["identity"]["data"]}' + (f'; NOT UP TO DATE: {stale}' if stale else '')
+    if not names:
+        lines += [
+            'Shown with ' + ', '.join(f'`{o}`' for o in mine if o.endswith(('.md', '.png'))) + '.',
+            '',
+        ]
+    stamp = read_stamp(run, reports)
+    stale = why_run(run, reports)
+    made = (
+        f'FAILED: {stamp["failed"]}'
+        if stamp.get('failed')
+        else 'not made on this machine: files as committed'
+        if not stamp
+        else f'made in {stamp["seconds"]:.0f} s ({stamp.get("beside", "how is not known")}; expected {run.minutes} min from nothing) at commit {stamp["commit"]}{" with changes" if stamp["changed"] else ""}, package {stamp["identity"]["package"]}, data {stamp["identity"]["data"]}'
+        + (f'; NOT UP TO DATE: {stale}' if stale else '')
+    )
     return '\n'.join(lines + [f'`{run.command}`; {made}', ''])
 
+
 def write_index(
-    items: pd.DataFrame, # shown
-    profile: str, # 'embedded' or 'paper'
-    reports: str | os.PathLike, # folder of the results
-    manifest: pd.DataFrame, # all items
-) -> Path: # index.md
+    items: pd.DataFrame,  # shown
+    profile: str,  # 'embedded' or 'paper'
+    reports: str | os.PathLike,  # folder of the results
+    manifest: pd.DataFrame,  # all items
+) -> Path:  # index.md
     "Write index.md and index.html."
     from nbconvert.filters import markdown2html
-    reports, runs, p = Path(reports), runs_of(items, profile, manifest), provenance(); rows = items.assign(_outputs=items['outputs' if profile == 'embedded' else 'paper_outputs']).to_dict('records')
-    def state(run): stamp = read_stamp(run, reports) if run else {}; return '' if run is None else 'failed' if stamp.get('failed') else 'as committed' if not stamp else 'not up to date' if why_run(run, reports) else f'{stamp["seconds"] / 60:.1f} min'
-    lines = ['# Every table and figure, reported beside measured', '', f'Profile `{profile}`: `papermill nbs/reproduce.ipynb --p profile {profile}`. *Reported* numbers are the paper\'s (arXiv 2505.21114), *measured* ones are ours, each with its protocol and spread. '
-             'On small stand-in models only rankings and ratios can be compared with the paper, never values.', '',
-             f'Commit {p["commit"]}{" with changes" if p["changed"] else ""}, package {p["package"]}, data {p["data"]}; ' + ', '.join(f'{n} {v}' for n, v in p['versions'].items()) + f'; {p["hardware"]}, {os.cpu_count()} cores.', '',
-             '| item | the paper shows | status | run |', '|---|---|---|---|', *(f'| [{i["title"]}](#{i["item"]}) | {i["shows"]} | {i["status"]} | {state(runs.get(i["item"]))} |' for i in rows), '']
+
+    reports, runs, p = Path(reports), runs_of(items, profile, manifest), provenance()
+    rows = items.assign(
+        _outputs=items['outputs' if profile == 'embedded' else 'paper_outputs']
+    ).to_dict('records')
+
+    def state(run):
+        stamp = read_stamp(run, reports) if run else {}
+        return (
+            ''
+            if run is None
+            else 'failed'
+            if stamp.get('failed')
+            else 'as committed'
+            if not stamp
+            else 'not up to date'
+            if why_run(run, reports)
+            else f'{stamp["seconds"] / 60:.1f} min'
+        )
+
+    lines = [
+        '# Every table and figure, reported beside measured',
+        '',
+        f"Profile `{profile}`: `papermill nbs/reproduce.ipynb --p profile {profile}`. *Reported* numbers are the paper's (arXiv 2505.21114), *measured* ones are ours, each with its protocol and spread. "
+        'On small stand-in models only rankings and ratios can be compared with the paper, never values.',
+        '',
+        f'Commit {p["commit"]}{" with changes" if p["changed"] else ""}, package {p["package"]}, data {p["data"]}; '
+        + ', '.join(f'{n} {v}' for n, v in p['versions'].items())
+        + f'; {p["hardware"]}, {os.cpu_count()} cores.',
+        '',
+        '| item | the paper shows | status | run |',
+        '|---|---|---|---|',
+        *(
+            f'| [{i["title"]}](#{i["item"]}) | {i["shows"]} | {i["status"]} | {state(runs.get(i["item"]))} |'
+            for i in rows
+        ),
+        '',
+    ]
     text = '\n'.join(lines + [section(i, runs.get(i['item']), reports) for i in rows])
     write_text(reports / 'index.md', text)
-    write_text(reports / 'index.html', PAGE.format(title='Every table and figure, reported beside measured', body=re.sub(r'<a id="([^"]+)">', r'<a id="\1" class="anchor">', markdown2html(text))))
+    write_text(
+        reports / 'index.html',
+        PAGE.format(
+            title='Every table and figure, reported beside measured',
+            body=re.sub(r'<a id="([^"]+)">', r'<a id="\1" class="anchor">', markdown2html(text)),
+        ),
+    )
     return reports / 'index.md'
+
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>

@@ -22,12 +22,21 @@ from ..solver_search import check_start, method_settings, METHODS, Recipe, searc
 from ..solvers import adams_bashforth, Solver
 from ..exponential import dpm_solver_pp
 from ..teachers import Teacher, teacher_error, teacher_solver, teacher_trajectories
-from ..utils import atomic_path, check_choice, check_float, check_int, indexed_noise, sha256, write_json, write_text
+from neuralsolver.utils import (
+    atomic_path,
+    check_choice,
+    check_float,
+    check_int,
+    indexed_noise,
+    sha256,
+    write_json,
+    write_text,
+)
 
 # %% ../../nbs/tools/03_search_runs.ipynb #5b0e9a42
 def read_records(
-    file: str | os.PathLike, # a table of records: lines of JSON with a name and a record
-) -> dict[str, dict]: # by name; empty if there is no such file
+    file: str | os.PathLike,  # a table of records: lines of JSON with a name and a record
+) -> dict[str, dict]:  # by name; empty if there is no such file
     "The records of a table."
     file = Path(file)
     if not file.exists():
@@ -36,78 +45,120 @@ def read_records(
     found = [json.loads(line) for line in lines if line]
     return {line['name']: line['record'] for line in found}
 
+
 def find_record(
-    folder: str | os.PathLike, # working folder; its table is FOLDER.jsonl beside it
-    name: str, # of the record; its file in the folder is NAME.json
-) -> dict | None: # None if there is neither a file nor a line
+    folder: str | os.PathLike,  # working folder; its table is FOLDER.jsonl beside it
+    name: str,  # of the record; its file in the folder is NAME.json
+) -> dict | None:  # None if there is neither a file nor a line
     "A record from the working folder, or from the table."
     file = Path(folder) / f'{name}.json'
     if file.exists():
         return json.loads(file.read_text(encoding='utf-8'))
     return read_records(f'{folder}.jsonl').get(name)
 
+
 def write_records(
-    file: str | os.PathLike, # written in one step
-    records: dict[str, dict], # by name
+    file: str | os.PathLike,  # written in one step
+    records: dict[str, dict],  # by name
 ) -> None:
     "A table of records, sorted by name."
     lines = [json.dumps(dict(name=name, record=records[name])) for name in sorted(records)]
     write_text(file, ''.join(f'{line}\n' for line in lines))
 
 # %% ../../nbs/tools/03_search_runs.ipynb #ca25e1df
-SEARCH_SEED, TEST_SEED = 10_000, 20_000 # noise of searches: from here on, plus the seed; of the scores: this seed
+SEARCH_SEED, TEST_SEED = (
+    10_000,
+    20_000,
+)  # noise of searches: from here on, plus the seed; of the scores: this seed
+
 
 @dataclass(frozen=True)
 class Search:
     "What is searched and with what budget."
-    model: str = 'sit-tiny' # a name of `list_models()`
-    steps: int = 8 # evaluations N
-    method: str = 'ours' # a key of METHODS
-    seed: int = 0 # of the noise pool and of the batch order
-    samples: int = 256 # unique noises in the loss
-    heldout: int = 64 # further noises that choose the iterate
-    guidance: float = 1. # guidance scale of the field that is searched on; 1 = none, as in the paper
-    teacher_steps: int = 100 # steps of the teacher: Euler, or DDIM on the VP path
-    settings: dict = dataclass_field(default_factory=dict) # of the method, see `search`
-    label: str = '' # what it is called in tables and files; '' = the method
+
+    model: str = 'sit-tiny'  # a name of `list_models()`
+    steps: int = 8  # evaluations N
+    method: str = 'ours'  # a key of METHODS
+    seed: int = 0  # of the noise pool and of the batch order
+    samples: int = 256  # unique noises in the loss
+    heldout: int = 64  # further noises that choose the iterate
+    guidance: float = (
+        1.0  # guidance scale of the field that is searched on; 1 = none, as in the paper
+    )
+    teacher_steps: int = 100  # steps of the teacher: Euler, or DDIM on the VP path
+    settings: dict = dataclass_field(default_factory=dict)  # of the method, see `search`
+    label: str = ''  # what it is called in tables and files; '' = the method
 
     def __post_init__(self):
-        check_choice('method', self.method, METHODS); check_int('seed', self.seed, 0, 9999); check_float('guidance', self.guidance, 0)
-        for key in ('steps', 'samples', 'heldout'): check_int(key, getattr(self, key))
-        check_int('teacher_steps', self.teacher_steps, self.steps) # a teacher has no fewer steps than its students
-        if not re.fullmatch(r'[\w.+-]*', self.label): raise ValueError(f'label={self.label!r} is not allowed: it is a part of file names, give letters, digits and . _ + - only.')
-        recipe = method_settings(self.method, self.settings); check_start(None, recipe, self.steps, model_path(self.model))
-        if isinstance(recipe, Recipe): check_int('batch_size', recipe.batch_size, 1, self.samples)
+        check_choice('method', self.method, METHODS)
+        check_int('seed', self.seed, 0, 9999)
+        check_float('guidance', self.guidance, 0)
+        for key in ('steps', 'samples', 'heldout'):
+            check_int(key, getattr(self, key))
+        check_int(
+            'teacher_steps', self.teacher_steps, self.steps
+        )  # a teacher has no fewer steps than its students
+        if not re.fullmatch(r'[\w.+-]*', self.label):
+            raise ValueError(
+                f'label={self.label!r} is not allowed: it is a part of file names, give letters, digits and . _ + - only.'
+            )
+        recipe = method_settings(self.method, self.settings)
+        check_start(None, recipe, self.steps, model_path(self.model))
+        if isinstance(recipe, Recipe):
+            check_int('batch_size', recipe.batch_size, 1, self.samples)
 
     @property
-    def name(self) -> str: "Of its file."; return f'{self.model}-{self.steps}_{self.label or self.method}_s{self.seed}'
+    def name(self) -> str:
+        "Of its file."
+        return f'{self.model}-{self.steps}_{self.label or self.method}_s{self.seed}'
+
     @property
     def identity(self) -> dict:
         "What its result depends on: everything but the label."
         recipe = method_settings(self.method, self.settings)
-        return dict(model=self.model, weights=sha256(model_file(self.model))[:12], steps=self.steps, method=self.method, seed=self.seed, samples=self.samples, heldout=self.heldout, guidance=self.guidance, teacher_steps=self.teacher_steps,
-                    recipe=asdict(recipe) if isinstance(recipe, Recipe) else recipe)
+        return dict(
+            model=self.model,
+            weights=sha256(model_file(self.model))[:12],
+            steps=self.steps,
+            method=self.method,
+            seed=self.seed,
+            samples=self.samples,
+            heldout=self.heldout,
+            guidance=self.guidance,
+            teacher_steps=self.teacher_steps,
+            recipe=asdict(recipe) if isinstance(recipe, Recipe) else recipe,
+        )
+
 
 def search_pool(
-    s: Search, # model, seed, samples, heldout, guidance, teacher_steps are used
-    folder: str | os.PathLike, # where trajectories are kept
-    device: str = 'cpu', # torch device of the network
-    progress: bool = True, # tqdm progress bar
+    s: Search,  # model, seed, samples, heldout, guidance, teacher_steps are used
+    folder: str | os.PathLike,  # where trajectories are kept
+    device: str = 'cpu',  # torch device of the network
+    progress: bool = True,  # tqdm progress bar
 ) -> tuple[Field, Teacher]:
     "The field of a search and the teacher of its pool, from disk if it is there."
-    net = load_model(s.model, device).requires_grad_(False); field = Field(net, guidance=s.guidance)
-    noise = indexed_noise(range(s.samples + s.heldout), net.sample_shape, seed=SEARCH_SEED + s.seed, device=device)
+    net = load_model(s.model, device).requires_grad_(False)
+    field = Field(net, guidance=s.guidance)
+    noise = indexed_noise(
+        range(s.samples + s.heldout), net.sample_shape, seed=SEARCH_SEED + s.seed, device=device
+    )
     labels = torch.arange(len(noise), device=device) % net.num_classes
-    kept = Path(folder) / f'{s.model}_g{s.guidance:g}_{teacher_solver(1, field.path).name}-{s.teacher_steps}_n{len(noise)}_s{s.seed}'
-    return field, teacher_trajectories(field, noise, labels, s.teacher_steps, folder=kept, progress=progress)
+    kept = (
+        Path(folder)
+        / f'{s.model}_g{s.guidance:g}_{teacher_solver(1, field.path).name}-{s.teacher_steps}_n{len(noise)}_s{s.seed}'
+    )
+    return field, teacher_trajectories(
+        field, noise, labels, s.teacher_steps, folder=kept, progress=progress
+    )
+
 
 def run_search(
-    s: Search, # what to search
-    folder: str | os.PathLike, # of the runs; trajectories go to its subfolder teachers
-    device: str = 'cpu', # torch device
-    provenance: dict | None = None, # added to the solver's
-    progress: bool = True, # tqdm progress bars
-) -> dict: # the record: identity, solver, history, seconds, cost
+    s: Search,  # what to search
+    folder: str | os.PathLike,  # of the runs; trajectories go to its subfolder teachers
+    device: str = 'cpu',  # torch device
+    provenance: dict | None = None,  # added to the solver's
+    progress: bool = True,  # tqdm progress bars
+) -> dict:  # the record: identity, solver, history, seconds, cost
     "One search, from its file or from the table if it is there; resumable."
     file = Path(folder) / f'{s.name}.json'
     record = find_record(folder, s.name)
@@ -115,55 +166,121 @@ def run_search(
         if record['identity'] != s.identity:
             differ = ', '.join(k for k, v in s.identity.items() if record['identity'].get(k) != v)
             where = file if file.exists() else f'{s.name} in {folder}.jsonl'
-            raise ValueError(f'{where} belongs to another search ({differ} differ): delete it, or give a label or another folder.')
+            raise ValueError(
+                f'{where} belongs to another search ({differ} differ): delete it, or give a label or another folder.'
+            )
         return record
     field, teacher = search_pool(s, Path(folder) / 'teachers', device, progress)
     checkpoint = file.with_suffix('.ckpt')
-    found = search(field, s.steps, teacher.noise, teacher.cond, teacher, s.method, s.seed, s.heldout, checkpoint, name=s.model, progress=progress,
-                   provenance=dict(searched_on=s.model, guidance=s.guidance, weights=s.identity['weights']) | (provenance or {}), **s.settings)
-    error = teacher_error(field, teacher, min(64, len(teacher))) if s.teacher_steps % 2 == 0 else None # of the teacher itself, by Richardson
-    record = dict(identity=s.identity, label=s.label or s.method, solver=found.solver.to_dict(), digest=found.solver.digest, iterations=found.iterations, converged=found.converged,
-                  teacher_error=error, cost=found.cost, seconds=found.seconds, threads=torch.get_num_threads(), torch=torch.__version__, history={k: [x if math.isfinite(x) else None for x in v] for k, v in found.history.items()})
-    write_json(file, record); checkpoint.unlink(missing_ok=True)
+    found = search(
+        field,
+        s.steps,
+        teacher.noise,
+        teacher.cond,
+        teacher,
+        s.method,
+        s.seed,
+        s.heldout,
+        checkpoint,
+        name=s.model,
+        progress=progress,
+        provenance=dict(searched_on=s.model, guidance=s.guidance, weights=s.identity['weights'])
+        | (provenance or {}),
+        **s.settings,
+    )
+    error = (
+        teacher_error(field, teacher, min(64, len(teacher))) if s.teacher_steps % 2 == 0 else None
+    )  # of the teacher itself, by Richardson
+    record = dict(
+        identity=s.identity,
+        label=s.label or s.method,
+        solver=found.solver.to_dict(),
+        digest=found.solver.digest,
+        iterations=found.iterations,
+        converged=found.converged,
+        teacher_error=error,
+        cost=found.cost,
+        seconds=found.seconds,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        history={k: [x if math.isfinite(x) else None for x in v] for k, v in found.history.items()},
+    )
+    write_json(file, record)
+    checkpoint.unlink(missing_ok=True)
     return record
 
 # %% ../../nbs/tools/03_search_runs.ipynb #6c4cb164
-GROUPS = 4 # of the test noises, for the spread
+GROUPS = 4  # of the test noises, for the spread
+
 
 class Scorer:
     "Scores solvers of one path on one model."
+
     def __init__(
         self,
-        model: str, # a name of `list_models()`
-        folder: str | os.PathLike, # of the scores
-        samples: int = 256, # test noises
-        guided_samples: int | None = None, # the first so many are used with guidance; None = all
-        guidance: float = 2., # of the guided scores
-        teacher_steps: int = 100, # of the teacher compared with
-        batch_size: int = 250, # states integrated at a time
-        device: str = 'cpu', # torch device
+        model: str,  # a name of `list_models()`
+        folder: str | os.PathLike,  # of the scores
+        samples: int = 256,  # test noises
+        guided_samples: int | None = None,  # the first so many are used with guidance; None = all
+        guidance: float = 2.0,  # of the guided scores
+        teacher_steps: int = 100,  # of the teacher compared with
+        batch_size: int = 250,  # states integrated at a time
+        device: str = 'cpu',  # torch device
     ):
-        self.model, self.folder, self.samples, self.guidance, self.batch_size, self.device = model, Path(folder), check_int('samples', samples, 2 * GROUPS), check_float('guidance', guidance, 0), check_int('batch_size', batch_size), device
-        self.guided_samples = check_int('guided_samples', guided_samples or samples, 2 * GROUPS, samples)
-        self.path, self.teacher_steps, self.ready = model_path(model), check_int('teacher_steps', teacher_steps), None
+        self.model, self.folder, self.samples, self.guidance, self.batch_size, self.device = (
+            model,
+            Path(folder),
+            check_int('samples', samples, 2 * GROUPS),
+            check_float('guidance', guidance, 0),
+            check_int('batch_size', batch_size),
+            device,
+        )
+        self.guided_samples = check_int(
+            'guided_samples', guided_samples or samples, 2 * GROUPS, samples
+        )
+        self.path, self.teacher_steps, self.ready = (
+            model_path(model),
+            check_int('teacher_steps', teacher_steps),
+            None,
+        )
         self.key = f'{model}_n{samples}-{self.guided_samples}_g{guidance:g}_L{teacher_steps}_{sha256(model_file(model))[:8]}_{extractor_name()[-10:]}'
 
     def reference_solver(self) -> Solver:
         "A solver far more accurate than the teacher."
-        return adams_bashforth(200, 4) if self.path.coordinates == 'velocity' else dpm_solver_pp(200, 3, self.path, spacing='log-snr', t_start=self.path.t_start)
+        return (
+            adams_bashforth(200, 4)
+            if self.path.coordinates == 'velocity'
+            else dpm_solver_pp(200, 3, self.path, spacing='log-snr', t_start=self.path.t_start)
+        )
 
     def prepare(self):
         "Network, noises and the end points that are compared with, made once and kept in a file."
-        if self.ready: return
+        if self.ready:
+            return
         net = load_model(self.model, self.device).requires_grad_(False)
-        noise = indexed_noise(range(self.samples), net.sample_shape, seed=TEST_SEED, device=self.device); labels = torch.arange(self.samples, device=self.device) % net.num_classes
-        self.plain, self.guided = (Field(net), noise, labels), (Field(net, guidance=self.guidance), noise[:self.guided_samples], labels[:self.guided_samples])
+        noise = indexed_noise(
+            range(self.samples), net.sample_shape, seed=TEST_SEED, device=self.device
+        )
+        labels = torch.arange(self.samples, device=self.device) % net.num_classes
+        self.plain, self.guided = (
+            (Field(net), noise, labels),
+            (
+                Field(net, guidance=self.guidance),
+                noise[: self.guided_samples],
+                labels[: self.guided_samples],
+            ),
+        )
         teacher, ready = teacher_solver(self.teacher_steps, self.path), {}
-        for name, where, solver in (('rmse', self.plain, teacher), ('rmse_exact', self.plain, self.reference_solver()), ('rmse_guided', self.guided, teacher)):
+        for name, where, solver in (
+            ('rmse', self.plain, teacher),
+            ('rmse_exact', self.plain, self.reference_solver()),
+            ('rmse_guided', self.guided, teacher),
+        ):
             file = self.folder / f'{self.key}_{name}.pt'
             if not file.exists():
                 end = end_points(*where, solver, self.batch_size)[0]
-                with atomic_path(file) as tmp: torch.save(end, tmp)
+                with atomic_path(file) as tmp:
+                    torch.save(end, tmp)
             ready[name] = torch.load(file, weights_only=True)
         self.ready = ready
 
@@ -171,37 +288,72 @@ class Scorer:
         "Frechet distance of images in [-1, 1] to the reference."
         return frechet_distance(moments(extract(to_uint8(x)).features), load_reference()[:2])
 
-    def score(self, solver: Solver) -> dict: # metric: value, or list over the groups
+    def score(self, solver: Solver) -> dict:  # metric: value, or list over the groups
         "The scores of a solver, from its file or from the table if it is there."
         name = f'{self.key}/{solver.digest}'
         found = find_record(self.folder, name)
         if found is not None:
             return found
-        self.prepare(); rows = dict(nfe=solver.nfe)
-        plain, guided = (end_points(*where, solver, self.batch_size)[0] for where in (self.plain, self.guided))
+        self.prepare()
+        rows = dict(nfe=solver.nfe)
+        plain, guided = (
+            end_points(*where, solver, self.batch_size)[0] for where in (self.plain, self.guided)
+        )
         for name, x in (('rmse', plain), ('rmse_exact', plain), ('rmse_guided', guided)):
-            rows[name] = [(a - b).square().mean().sqrt().item() for a, b in zip(x.tensor_split(GROUPS), self.ready[name].tensor_split(GROUPS))]
-        rows['median'] = (plain - self.ready['rmse']).flatten(1).square().mean(1).sqrt().median().item(); rows['fd'] = self.frechet(guided)
+            rows[name] = [
+                (a - b).square().mean().sqrt().item()
+                for a, b in zip(x.tensor_split(GROUPS), self.ready[name].tensor_split(GROUPS))
+            ]
+        rows['median'] = (
+            (plain - self.ready['rmse']).flatten(1).square().mean(1).sqrt().median().item()
+        )
+        rows['fd'] = self.frechet(guided)
         write_json(self.folder / f'{name}.json', rows)
         return rows
 
 # %% ../../nbs/tools/03_search_runs.ipynb #83c8ddf5
 def search_row(
-    record: dict, # of `run_search`
-    score: dict, # of `Scorer.score`
+    record: dict,  # of `run_search`
+    score: dict,  # of `Scorer.score`
 ) -> dict:
     "One row of a table of searches: what was searched, what it cost, how good the solver is."
     i, cost, mean = record['identity'], record['cost'], lambda v: sum(v) / len(v)
-    sd = lambda v: (sum((a - mean(v)) ** 2 for a in v) / (len(v) - 1)) ** .5
-    mse = lambda v: mean([a * a for a in v]) ** .5 # groups of one size: the RMSE over all
-    calls = 1 if i['guidance'] == 1 else 2 # of the network in one evaluation
-    measured = {k: mse(v) if isinstance(v, list) else v for k, v in score.items()} | {f'{k}_sd': sd(v) for k, v in score.items() if isinstance(v, list)}
-    return dict(model=i['model'], steps=i['steps'], label=record['label'], method=i['method'], seed=i['seed'], start=record['solver']['provenance']['init'].rsplit(' (', 1)[0], guidance=i['guidance'], samples=i['samples'], iterations=record['iterations'],
-                params=record['solver']['params'], **{f'calls_{k}': v * calls for k, v in cost.items()}, calls=calls * sum(v for k, v in cost.items() if k != 'backward'), work=calls * (sum(cost.values()) + cost['backward']),
-                seconds=record['seconds'][-1], threads=record.get('threads', 0), digest=record['digest'], **measured)
+    sd = lambda v: (sum((a - mean(v)) ** 2 for a in v) / (len(v) - 1)) ** 0.5
+    mse = lambda v: mean([a * a for a in v]) ** 0.5  # groups of one size: the RMSE over all
+    calls = 1 if i['guidance'] == 1 else 2  # of the network in one evaluation
+    measured = {k: mse(v) if isinstance(v, list) else v for k, v in score.items()} | {
+        f'{k}_sd': sd(v) for k, v in score.items() if isinstance(v, list)
+    }
+    return dict(
+        model=i['model'],
+        steps=i['steps'],
+        label=record['label'],
+        method=i['method'],
+        seed=i['seed'],
+        start=record['solver']['provenance']['init'].rsplit(' (', 1)[0],
+        guidance=i['guidance'],
+        samples=i['samples'],
+        iterations=record['iterations'],
+        params=record['solver']['params'],
+        **{f'calls_{k}': v * calls for k, v in cost.items()},
+        calls=calls * sum(v for k, v in cost.items() if k != 'backward'),
+        work=calls * (sum(cost.values()) + cost['backward']),
+        seconds=record['seconds'][-1],
+        threads=record.get('threads', 0),
+        digest=record['digest'],
+        **measured,
+    )
+
 
 def solver_row(model: str, solver: Solver, score: dict) -> dict:
     "The row of a solver that was not searched here."
-    blank = dict(identity=dict(model=model, steps=solver.steps, method='', seed=-1, guidance=1, samples=0), label=solver.name, cost=dict(backward=0), seconds=[0.], iterations=0, digest=solver.digest,
-                 solver=dict(params=solver.params, provenance=dict(init='')))
+    blank = dict(
+        identity=dict(model=model, steps=solver.steps, method='', seed=-1, guidance=1, samples=0),
+        label=solver.name,
+        cost=dict(backward=0),
+        seconds=[0.0],
+        iterations=0,
+        digest=solver.digest,
+        solver=dict(params=solver.params, provenance=dict(init='')),
+    )
     return search_row(blank, score)
