@@ -290,8 +290,8 @@ class Scorer:
 
     def score(self, solver: Solver) -> dict:  # metric: value, or list over the groups
         "The scores of a solver, from its file or from the table if it is there."
-        name = f'{self.key}/{solver.digest}'
-        found = find_record(self.folder, name)
+        record = f'{self.key}/{solver.digest}'
+        found = find_record(self.folder, record)
         if found is not None:
             return found
         self.prepare()
@@ -308,7 +308,7 @@ class Scorer:
             (plain - self.ready['rmse']).flatten(1).square().mean(1).sqrt().median().item()
         )
         rows['fd'] = self.frechet(guided)
-        write_json(self.folder / f'{name}.json', rows)
+        write_json(self.folder / f'{record}.json', rows)
         return rows
 
 # %% ../../nbs/tools/03_search_runs.ipynb #83c8ddf5
