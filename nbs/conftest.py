@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collect_file(file_path, parent):
-    if not re.fullmatch(r'(\d\d_.*|index)\.ipynb', file_path.name):
+    if not re.fullmatch(r'(\d\d[a-z]?_.*|index)\.ipynb', file_path.name):
         return None
     metadata = json.loads(file_path.read_text(encoding='utf-8'))['metadata']
     if metadata.get('neuralsolver', {}).get('papermill'):

@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import Callable
 import torch
 from torch import Tensor
-from .exponential import dpm_solver_pp, ipndm, ipndm_v, unipc
+from .dpm_solvers import dpm_solver_pp, unipc
+from .exponential import ipndm, ipndm_v
 from .fields import field_on
-from .solvers import COORDINATES, Solver
+from .coordinates import COORDINATES
+from .solvers import Solver
 from .teachers import Teacher
 from .utils import check_choice, check_float, check_int
 

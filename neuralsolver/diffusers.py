@@ -16,7 +16,9 @@ from fastcore.basics import patch
 from .fields import Field
 from .neural import CLASSICAL, EXPONENTIAL, get_solver, list_solvers, load_solver
 from .paths import DDPMPath, LinearPath, NoisePath, ShiftedPath, VPPath
-from .solvers import change_path, COORDINATES, Solver
+from .transfer import change_path
+from .coordinates import COORDINATES
+from .solvers import Solver
 from .utils import check_choice, check_float, check_int, import_torchvision
 
 import_torchvision()  # before diffusers does

@@ -15,21 +15,14 @@ from typing import Callable
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from neuralsolver.exponential import (
-    ddim,
-    deis,
-    dpm_solver,
-    dpm_solver_pp,
-    GRIDS,
-    ipndm,
-    ipndm_v,
-    unipc,
-)
+from .exponential import ddim, deis, ipndm, ipndm_v
+from .dpm_solvers import dpm_solver, dpm_solver_pp, unipc
+from .optimized_grids import GRIDS
 from .paths import LinearPath, NoisePath, PATHS, VPPath
-from neuralsolver.solvers import (
-    change_path,
-    COORDINATES,
-    Solver,
+from .transfer import change_path
+from .coordinates import COORDINATES
+from .solvers import Solver, sample, save_solver
+from neuralsolver.classical import (
     adam2,
     adam4,
     adams_bashforth,
@@ -37,8 +30,6 @@ from neuralsolver.solvers import (
     heun,
     midpoint,
     rk4,
-    sample,
-    save_solver,
     uniform_grid,
 )
 from .utils import check_choice, check_int, data_file, data_root

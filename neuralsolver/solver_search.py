@@ -32,7 +32,8 @@ from neuralsolver.neural import (
     NeuralSolver,
 )
 from .paths import LinearPath, NoisePath
-from .solvers import Solver, sample, uniform_grid
+from .solvers import Solver, sample
+from .classical import uniform_grid
 from .teachers import Teacher, teacher_trajectories, trajectory_identity, what_differs
 from .utils import atomic_path, check_choice, check_float, check_int
 

@@ -18,7 +18,9 @@ from tqdm import tqdm
 from .exponential import ddim
 from .fields import path_of
 from .paths import LinearPath, NoisePath
-from .solvers import COORDINATES, Solver, euler, sample
+from .coordinates import COORDINATES
+from .solvers import Solver, sample
+from .classical import euler
 from .utils import check_int, write_json
 
 # %% ../nbs/method/08_teachers.ipynb #bdad1847

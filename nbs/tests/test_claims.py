@@ -4,7 +4,7 @@ import json, math, os, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, scipy.stats, torch
 import neuralsolver as ns
-from neuralsolver.solvers import adams_bashforth
+from neuralsolver.classical import adams_bashforth
 
 NBS = Path(__file__).resolve().parent.parent
 CELLS = [

@@ -14,7 +14,8 @@ from neuralsolver.closed_form import (
 from neuralsolver.exponential import ddim
 from neuralsolver.fields import GaussianMixture
 from neuralsolver.paths import LinearPath, VPPath
-from neuralsolver.solvers import adams_bashforth, euler, sample, Solver, uniform_grid
+from neuralsolver.classical import adams_bashforth, euler, uniform_grid
+from neuralsolver.solvers import sample, Solver
 from neuralsolver.teachers import teacher_trajectories
 
 PATHS = [LinearPath(), VPPath()]

@@ -22,16 +22,9 @@ from neuralsolver.fields import GaussianMixture
 from neuralsolver.neural import list_solvers, load_solver
 from neuralsolver.paths import DDPMPath, LinearPath, VPPath
 from neuralsolver.pipelines import load_pipeline
-from neuralsolver.solvers import (
-    Solver,
-    adams_bashforth,
-    change_path,
-    euler,
-    heun,
-    rk4,
-    sample,
-    save_solver,
-)
+from neuralsolver.solvers import Solver, sample, save_solver
+from neuralsolver.classical import adams_bashforth, euler, heun, rk4
+from neuralsolver.transfer import change_path
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning:diffusers.*')  # numpy 2
 F64 = torch.float64

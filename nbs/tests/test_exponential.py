@@ -3,22 +3,14 @@
 import math
 from itertools import product
 import numpy as np, pytest, torch
-from neuralsolver.exponential import (
-    GRIDS,
-    ddim,
-    deis,
-    dpm_solver,
-    dpm_solver_pp,
-    error_growth,
-    ipndm,
-    ipndm_v,
-    optimized_nodes,
-    singlestep_orders,
-    unipc,
-)
+from neuralsolver.optimized_grids import GRIDS, error_growth, optimized_nodes
+from neuralsolver.exponential import ddim, deis, ipndm, ipndm_v
+from neuralsolver.dpm_solvers import dpm_solver, dpm_solver_pp, singlestep_orders, unipc
 from neuralsolver.fields import GaussianMixture
 from neuralsolver.paths import DDPMPath, LinearPath, ShiftedPath, VPPath
-from neuralsolver.solvers import adams_bashforth, change_path, runge_kutta, sample
+from neuralsolver.classical import adams_bashforth, runge_kutta
+from neuralsolver.transfer import change_path
+from neuralsolver.solvers import sample
 from neuralsolver.spacings import SPACINGS, time_grid
 
 pytestmark = pytest.mark.filterwarnings(

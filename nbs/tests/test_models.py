@@ -22,7 +22,9 @@ from neuralsolver.models import (
 )
 from neuralsolver.neural import get_solver, load_solver
 from neuralsolver.paths import LinearPath, VPPath
-from neuralsolver.solvers import change_path, euler, sample
+from neuralsolver.transfer import change_path
+from neuralsolver.classical import euler
+from neuralsolver.solvers import sample
 from neuralsolver.teachers import teacher_solver
 from neuralsolver.utils import data_file, data_root, indexed_noise, sha256
 

@@ -3,7 +3,7 @@
 import json, os, subprocess, sys
 from dataclasses import replace
 import pytest, torch
-from neuralsolver.exponential import dpm_solver_pp
+from neuralsolver.dpm_solvers import dpm_solver_pp
 from neuralsolver.fields import GaussianMixture
 from neuralsolver.tools import search_runs, solver_search
 from neuralsolver.closed_form import fit_rows, gits
@@ -20,7 +20,8 @@ from neuralsolver.solver_search import (
     search,
     start_candidates,
 )
-from neuralsolver.solvers import adams_bashforth, euler, sample, Solver
+from neuralsolver.classical import adams_bashforth, euler
+from neuralsolver.solvers import sample, Solver
 from neuralsolver.teachers import teacher_solver, teacher_trajectories
 from neuralsolver.utils import indexed_noise
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot, pandas as pd, pytest, torch
 from neuralsolver.neural import load_solver
 from neuralsolver.solver_search import _Run
-from neuralsolver.solvers import adam2, euler
+from neuralsolver.classical import adam2, euler
 from neuralsolver.tools.search_runs import read_records, write_records
 
 NBS = Path(__file__).resolve().parent.parent

@@ -14,17 +14,9 @@ from neuralsolver.neural import (
 )
 from neuralsolver.paths import LinearPath, VPPath
 from neuralsolver.exponential import ipndm
-from neuralsolver.solvers import (
-    Solver,
-    adams_bashforth,
-    change_path,
-    euler,
-    heun,
-    midpoint,
-    rk4,
-    sample,
-    uniform_grid,
-)
+from neuralsolver.solvers import Solver, sample
+from neuralsolver.classical import adams_bashforth, euler, heun, midpoint, rk4, uniform_grid
+from neuralsolver.transfer import change_path
 
 F64 = torch.float64
 

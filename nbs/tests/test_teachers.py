@@ -7,10 +7,12 @@ import numpy as np, pytest, torch
 from scipy.interpolate import CubicHermiteSpline
 from torch.utils._python_dispatch import TorchDispatchMode
 from neuralsolver import teachers
-from neuralsolver.exponential import ddim, deis, dpm_solver_pp, ipndm
+from neuralsolver.exponential import ddim, deis, ipndm
+from neuralsolver.dpm_solvers import dpm_solver_pp
 from neuralsolver.fields import GaussianMixture
 from neuralsolver.paths import DDPMPath, LinearPath, VPPath
-from neuralsolver.solvers import adams_bashforth, euler, heun, sample
+from neuralsolver.classical import adams_bashforth, euler, heun
+from neuralsolver.solvers import sample
 from neuralsolver.teachers import (
     Teacher,
     teacher_error,

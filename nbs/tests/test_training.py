@@ -8,7 +8,8 @@ from neuralsolver.data import fashion_mnist
 from neuralsolver.fields import Field, GaussianMixture
 from neuralsolver.models import ARCHITECTURES, SIZES, DiT, SiT, load_card, load_weights
 from neuralsolver.paths import PREDICTIONS, LinearPath, VPPath
-from neuralsolver.solvers import adam2, sample
+from neuralsolver.classical import adam2
+from neuralsolver.solvers import sample
 from neuralsolver.store import read_card
 from neuralsolver.training import regression_loss, regression_target, train
 from neuralsolver.utils import data_file

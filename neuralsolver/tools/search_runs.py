@@ -19,8 +19,9 @@ from ..metrics import extract, extractor_name, frechet_distance, load_reference,
 from ..models import load_model, model_file, model_path
 from ..paths import LinearPath
 from ..solver_search import check_start, method_settings, METHODS, Recipe, search
-from ..solvers import adams_bashforth, Solver
-from ..exponential import dpm_solver_pp
+from ..classical import adams_bashforth
+from ..solvers import Solver
+from ..dpm_solvers import dpm_solver_pp
 from ..teachers import Teacher, teacher_error, teacher_solver, teacher_trajectories
 from neuralsolver.utils import (
     atomic_path,
