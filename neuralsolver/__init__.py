@@ -25,7 +25,7 @@ _EXPORTS = {
     'models': ['SiT', 'DiT', 'FlowDCN', 'list_models', 'load_model'],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
-_MODULES = [*_EXPORTS, 'utils', 'store', 'kernels', 'data', 'training', 'metrics', 'inception', 'shards', 'evaluate', 'figures', 'tools']
+_MODULES = [*_EXPORTS, 'utils', 'store', 'kernels', 'data', 'training', 'metrics', 'inception', 'shards', 'evaluate', 'protocol', 'precision', 'sampling', 'reported', 'tables', 'curves', 'figures', 'tools']
 _OPTIONAL = ['diffusers', 'pipelines', 'zero_shot'] # modules that need the extra: pip install "neuralsolver[diffusers]"
 __all__ = [*_MODULE_OF, *_MODULES]
 

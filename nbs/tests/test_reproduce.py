@@ -3,7 +3,9 @@
 import json, re
 from pathlib import Path
 import pandas as pd, papermill, pytest
-from neuralsolver.evaluate import Protocol, curve_rows, evaluate, evaluate_curve, write_curve
+from neuralsolver.curves import curve_rows, evaluate_curve, write_curve
+from neuralsolver.evaluate import evaluate
+from neuralsolver.protocol import Protocol
 from neuralsolver.tools.reproduce import (
     identity,
     read_items,

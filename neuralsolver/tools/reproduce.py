@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
-from ..evaluate import hardware
+from ..precision import hardware
 from neuralsolver.utils import (
     atomic_path,
     check_choice,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from ..data import to_uint8
 from ..fields import Field
-from ..evaluate import end_points
+from ..sampling import end_points
 from ..metrics import extract, extractor_name, frechet_distance, load_reference, moments
 from ..models import load_model, model_file, model_path
 from ..paths import LinearPath
