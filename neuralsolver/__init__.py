@@ -22,7 +22,9 @@ _EXPORTS = {
     'teachers': ['Teacher', 'teacher_trajectories', 'teacher_error'],
     'closed_form': ['fit_rows', 'gits'],
     'solver_search': ['search'],
-    'models': ['SiT', 'DiT', 'FlowDCN', 'list_models', 'load_model'],
+    'models': ['SiT', 'DiT'],
+    'flowdcn': ['FlowDCN'],
+    'checkpoints': ['list_models', 'load_model'],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 _MODULES = [*_EXPORTS, 'utils', 'store', 'kernels', 'data', 'training', 'metrics', 'inception', 'shards', 'evaluate', 'protocol', 'precision', 'sampling', 'reported', 'tables', 'curves', 'figures', 'tools']

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .evaluate import evaluate, protocol_card
-from .models import model_path
+from .checkpoints import model_path
 from .neural import list_solvers
 from .protocol import PROTOCOLS, Protocol, path_family, protocol_sentence
 from neuralsolver.reported import (

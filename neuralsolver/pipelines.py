@@ -22,7 +22,7 @@ from neuralsolver.diffusers import (
     NeuralSolverScheduler,
     VPNeuralSolverScheduler,
 )
-from .models import ARCHITECTURES, load_card, load_model
+from .checkpoints import ARCHITECTURES, load_card, load_model
 from .paths import DDPMPath, VPPath
 from .utils import check_choice, check_int, data_root, indexed_noise
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -39,7 +39,7 @@ class TinyTransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        model: str = 'dit-tiny',  # a network of neuralsolver.models.list_models(), which gives the architecture; from_pretrained fills in the weights
+        model: str = 'dit-tiny',  # a network of neuralsolver.list_models(), which gives the architecture; from_pretrained fills in the weights
         sample_size: int = 28,  # side of a picture
         in_channels: int = 1,  # channels of the state
         out_channels: int = 1,  # channels of the output

@@ -15,7 +15,7 @@ from typing import Any, Mapping, get_args
 import pandas as pd
 
 from .inception import check_reference
-from .models import CHECKPOINTS, load_card, model_architecture, model_file, model_path
+from .checkpoints import CHECKPOINTS, load_card, model_architecture, model_file, model_path
 from .neural import CLASSICAL, EXPONENTIAL, get_solver, list_solvers
 from .paths import NoisePath
 from .precision import COMPILE, PRECISIONS, check_device

@@ -10,7 +10,7 @@ import functools
 
 import pandas as pd
 
-from .models import model_architecture
+from .checkpoints import model_architecture
 from .utils import data_file
 
 # %% ../nbs/measure/09_reported.ipynb #c5a80d71

@@ -29,7 +29,7 @@ from neuralsolver.inception import (
     read_reference,
 )
 from .metrics import extract, extractor_name, load_reference
-from .models import VAE_FILES, Autoencoder, load_model, model_file, vae_folder
+from .checkpoints import VAE_FILES, Autoencoder, load_model, model_file, vae_folder
 from .precision import PRECISIONS, hardware, prepare, tf32
 from .protocol import Protocol
 from .shards import Shards, batch_ranges, remove_unfinished, shard_ranges, workers

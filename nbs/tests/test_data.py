@@ -30,7 +30,7 @@ def test_fashion_mnist_is_the_published_data_set(split, count, digest):
 def test_loader_agrees_with_torchvision(tmp_path):
     images, labels = dataset('test')
     import gzip
-    from neuralsolver.data import _find
+    from neuralsolver.data import find_idx
     from neuralsolver.metrics import import_torch_fidelity
 
     import_torch_fidelity()  # makes torchvision importable
@@ -39,7 +39,7 @@ def test_loader_agrees_with_torchvision(tmp_path):
     raw = tmp_path / 'FashionMNIST/raw'
     raw.mkdir(parents=True)
     for stem in ('t10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte'):
-        path = _find(stem, None)
+        path = find_idx(stem, None)
         (raw / stem).write_bytes(
             gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
         )

@@ -3,7 +3,8 @@
 import json, re, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
-from neuralsolver.evaluate import evaluate, Protocol, write_reports
+from neuralsolver.evaluate import evaluate, write_reports
+from neuralsolver.protocol import Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERMILL = str(Path(sys.executable).parent / 'papermill')

@@ -4,7 +4,7 @@ import functools, importlib.util, json, os, subprocess, sys, traceback
 import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from neuralsolver import kernels, models
+from neuralsolver import flowdcn, kernels
 from neuralsolver.kernels import deformable_gather
 from neuralsolver.utils import data_root
 
@@ -168,7 +168,7 @@ def a_coordinate_that_is_no_number_is_not_hidden():
 def the_network():
     g = load_file(GOLDEN)
     with safe_open(GOLDEN, 'pt') as f:
-        net = models.FlowDCN(**json.loads(f.metadata()['config'])).eval()
+        net = flowdcn.FlowDCN(**json.loads(f.metadata()['config'])).eval()
     net.load_state_dict(
         {k.removeprefix('params/'): v for k, v in g.items() if k.startswith('params/')}
     )
@@ -176,7 +176,7 @@ def the_network():
     grads = []
     for operator in (kernel, deformable_gather):
         calls = []
-        models.deformable_gather = lambda *a: (calls.append(a), operator(*a))[1]
+        flowdcn.deformable_gather = lambda *a: (calls.append(a), operator(*a))[1]
         with torch.no_grad():
             close(net(x, t, y), g['forward'], 5e-5)
         net.zero_grad()

@@ -6,13 +6,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from neuralsolver.fields import Field, GaussianMixture, guide
 from neuralsolver.kernels import deformable_gather
-from neuralsolver.models import (
+from neuralsolver.checkpoints import (
     Checkpoint,
     CHECKPOINTS,
-    SIZES,
-    DiT,
-    FlowDCN,
-    SiT,
     list_models,
     load_checkpoint,
     load_model,
@@ -20,6 +16,8 @@ from neuralsolver.models import (
     make_model,
     save_model,
 )
+from neuralsolver.flowdcn import FlowDCN
+from neuralsolver.models import SIZES, DiT, SiT
 from neuralsolver.neural import get_solver, load_solver
 from neuralsolver.paths import LinearPath, VPPath
 from neuralsolver.transfer import change_path

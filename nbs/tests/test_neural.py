@@ -3,17 +3,8 @@
 import json, math
 from dataclasses import replace
 import pytest, torch
-from neuralsolver.neural import (
-    FAMILIES,
-    NeuralSolver,
-    adam2,
-    adam4,
-    error_bound,
-    get_solver,
-    list_solvers,
-    load_solver,
-    neural_solver,
-)
+from neuralsolver.neural import FAMILIES, NeuralSolver, error_bound, get_solver, list_solvers, load_solver, neural_solver
+from neuralsolver.classical import adam2, adam4
 from neuralsolver.paths import VPPath
 from neuralsolver.solvers import Solver, sample
 from neuralsolver.utils import data_file

@@ -6,8 +6,9 @@ import numpy as np, pandas as pd, pytest, torch
 import neuralsolver as ns
 from neuralsolver import evaluate as ev
 from neuralsolver.data import to_uint8
-from neuralsolver.evaluate import Protocol
-from neuralsolver.models import Autoencoder, load_weights, save_model, SiT
+from neuralsolver.protocol import Protocol
+from neuralsolver.checkpoints import Autoencoder, load_weights, save_model
+from neuralsolver.models import SiT
 from neuralsolver.shards import batch_ranges, read_shard, Shards, shard_ranges
 from neuralsolver.utils import import_torchvision, indexed_noise
 from test_inception import random_inception

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 import neuralsolver as ns
 from neuralsolver.fields import Field
-from neuralsolver.models import load_model
+from neuralsolver.checkpoints import load_model
 from neuralsolver.paths import LinearPath, VPPath
 from neuralsolver.utils import data_file, indexed_noise, sha256
 

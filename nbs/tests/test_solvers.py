@@ -4,14 +4,8 @@ import copy, hashlib, json, threading
 from dataclasses import replace
 import numpy as np, pytest, torch
 from neuralsolver.fields import GaussianMixture
-from neuralsolver.neural import (
-    CLASSICAL,
-    get_solver,
-    list_solvers,
-    load_solver,
-    neural_solver,
-    save_solver,
-)
+from neuralsolver.neural import CLASSICAL, get_solver, list_solvers, load_solver, neural_solver
+from neuralsolver.solvers import save_solver
 from neuralsolver.paths import LinearPath, VPPath
 from neuralsolver.exponential import ipndm
 from neuralsolver.solvers import Solver, sample

@@ -6,7 +6,8 @@ import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
 from neuralsolver.data import fashion_mnist
 from neuralsolver.fields import Field, GaussianMixture
-from neuralsolver.models import ARCHITECTURES, SIZES, DiT, SiT, load_card, load_weights
+from neuralsolver.checkpoints import ARCHITECTURES, load_card, load_weights
+from neuralsolver.models import SIZES, DiT, SiT
 from neuralsolver.paths import PREDICTIONS, LinearPath, VPPath
 from neuralsolver.classical import adam2
 from neuralsolver.solvers import sample

@@ -33,7 +33,7 @@ GROUPS = {  # title: names of notebooks without their number, in this order
         'neural',
     ),
     'Search': ('teachers', 'closed_form', 'solver_search', 'search_runs', 'search', 'search_study'),
-    'Models and data': ('models', 'training', 'kernels', 'make_data', 'train', 'train_classifier'),
+    'Models and data': ('models', 'flowdcn', 'checkpoints', 'training', 'kernels', 'make_data', 'train', 'train_classifier'),
     'Measuring': (
         'metrics',
         'figures',

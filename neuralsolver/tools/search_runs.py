@@ -16,7 +16,7 @@ from ..data import to_uint8
 from ..fields import Field
 from ..sampling import end_points
 from ..metrics import extract, extractor_name, frechet_distance, load_reference, moments
-from ..models import load_model, model_file, model_path
+from ..checkpoints import load_model, model_file, model_path
 from ..paths import LinearPath
 from ..solver_search import check_start, method_settings, METHODS, Recipe, search
 from ..classical import adams_bashforth
