@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASSET_FOLDER', 'package_root', 'repository_root', 'data_root', 'data_file', 'reports_root', 'check_int',
-           'check_float', 'check_choice', 'split_names', 'atomic_path', 'write_text', 'write_json', 'sha256',
-           'indexed_noise', 'asset_file', 'import_torchvision']
+           'check_float', 'check_choice', 'split_names', 'split_numbers', 'atomic_path', 'write_text', 'write_json',
+           'sha256', 'indexed_noise', 'asset_file', 'import_torchvision']
 
 # %% ../nbs/tools/01_utils.ipynb #b7d8b4ee
 import contextlib, functools, hashlib, importlib.util, json, os, tempfile
@@ -115,6 +115,27 @@ def split_names(
             f'{name}={value!r} is not allowed: give distinct, non-empty names separated by commas.'
         )
     return items
+
+# %% ../nbs/tools/01_utils.ipynb #5b117c00
+def split_numbers(
+    name: str,  # argument name
+    value: str | float,  # '5, 6', or one number
+    kind: type = int,  # int or float
+    low: float = 0,  # smallest allowed number
+    high: float | None = None,  # largest allowed number
+) -> list:
+    "A comma-separated parameter as numbers; an item outside of the limits is a ValueError."
+    what = 'integers' if kind is int else 'numbers'
+    limits = f'from {low:g}' if high is None else f'from {low:g} to {high:g}'
+    allowed = f'distinct {what} {limits}, separated by commas'
+    refusal = ValueError(f'{name}={value!r} is not allowed: give {allowed}.')
+    try:
+        numbers = [kind(v) for v in split_names(name, str(value))]
+    except ValueError:
+        raise refusal from None
+    if not all(low <= v and (high is None or v <= high) for v in numbers):
+        raise refusal
+    return numbers
 
 # %% ../nbs/tools/01_utils.ipynb #a24ba52e
 @contextlib.contextmanager
