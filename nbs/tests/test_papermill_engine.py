@@ -1,184 +1,203 @@
-"The papermill command as a user types it, on toy notebooks in throw-away repositories."
+"The papermill command on toy notebooks: as a user types it, and in this process."
 
-import json, os, pty, shutil, subprocess, sys
+import contextlib
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-import nbformat, pytest
+
+import nbformat
+import papermill
+import papermill.cli
+import pytest
+from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_notebook
 
-COMMANDS = {
-    'script': [str(Path(sys.executable).with_name('papermill'))],
-    'module': [sys.executable, '-m', 'papermill'],
-}
+from neuralsolver.tools.papermill_engine import ParameterError, register, rewrite
+
+PARAMETERS = """\
+steps: int = 8  # network calls
+samples: int = None  # images
+label: str = None  # text
+"""
+BODY = """\
+from pathlib import Path
+Path("ran").touch()
+print(f"{steps=} {samples=} {label=}")
+"""
 
 
 def toy(path, ours=True, tag=True):
-    metadata = {'kernelspec': {'name': 'python3', 'language': 'python', 'display_name': 'python3'}}
+    "A notebook that leaves a trace when it runs."
+    kernel = dict(name='python3', language='python', display_name='python3')
+    metadata = dict(kernelspec=kernel)
     if ours:
-        metadata['neuralsolver'] = {'papermill': True}
-    cells = [
-        new_code_cell(
-            'steps: int = 8  # network calls', metadata={'tags': ['parameters'] if tag else []}
-        ),
-        new_code_cell('from pathlib import Path; Path("ran").touch(); print(f"{steps=}")'),
-    ]
+        metadata['neuralsolver'] = dict(papermill=True)
+    tags = ['parameters'] if tag else []
+    cells = [new_code_cell(PARAMETERS, metadata=dict(tags=tags)), new_code_cell(BODY)]
     path.parent.mkdir(exist_ok=True)
     nbformat.write(new_notebook(metadata=metadata, cells=cells), path)
 
 
 @pytest.fixture
-def repo(tmp_path):
+def repo(tmp_path, monkeypatch):
     toy(tmp_path / 'nbs/ours.ipynb')
     toy(tmp_path / 'nbs/foreign.ipynb', ours=False)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def papermill(repo, *args, command='script', **kwargs):
-    kwargs = {'stdin': subprocess.DEVNULL} | kwargs
-    return subprocess.run(
-        [*COMMANDS[command], *args], cwd=repo, capture_output=True, text=True, timeout=120, **kwargs
-    )
+def command(monkeypatch, *args):
+    "The command in this process: the command line is rewritten, then read by papermill."
+    monkeypatch.setattr(sys, 'argv', ['papermill', *args])
+    register()
+    return CliRunner().invoke(papermill.cli.papermill, sys.argv[1:])
 
 
-def printed(nb):
-    nb = json.loads(nb) if isinstance(nb, str) else json.loads(Path(nb).read_text())
-    return ''.join(
-        ''.join(o['text']) for o in nb['cells'][-1]['outputs'] if o.get('name') == 'stdout'
-    ).strip()
+def process(*command, **streams):
+    "The command as a process."
+    return subprocess.run(command, timeout=120, text=True, **streams)
 
 
-@pytest.mark.parametrize('command', COMMANDS)
-def test_literal_command_piped(repo, command):
-    run = papermill(repo, 'nbs/ours.ipynb', '--p', 'steps', '5', command=command)
+def printed(notebook):
+    "What the last cell of an executed notebook printed."
+    outputs = json.loads(Path(notebook).read_text())['cells'][-1]['outputs']
+    return ''.join(''.join(o['text']) for o in outputs if o.get('name') == 'stdout').strip()
+
+
+# commands: as typed
+
+
+SCRIPT = str(Path(sys.executable).with_name('papermill'))
+
+
+def test_command_literal_in_a_pipe(repo):
+    "Values arrive as the types of the notebook: `-r` gives text, `-p` a number."
+    args = '--p steps 5 -r samples 7 --p label 8'.split()
+    run = process(SCRIPT, 'nbs/ours.ipynb', *args, stdin=subprocess.DEVNULL, capture_output=True)
     assert run.returncode == 0, run.stderr
-    assert printed(repo / 'reports/ours.ipynb') == 'steps=5'
     assert run.stdout == ''
+    assert printed('reports/ours.ipynb') == "steps=5 samples=7 label='8'"
 
 
-def test_literal_command_on_a_terminal(repo):
+def test_command_literal_on_a_terminal(repo):
+    "Three streams on a terminal; its buffer holds the few lines that papermill writes."
     main, terminal = pty.openpty()
-    try:  # three streams on a terminal; its buffer holds the few lines papermill writes
-        run = subprocess.run(
-            [*COMMANDS['script'], 'nbs/ours.ipynb', '--p', 'steps', '5', '--no-progress-bar'],
-            cwd=repo,
-            timeout=120,
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-        )
+    args = 'nbs/ours.ipynb --p steps 5 --prepare-only --no-progress-bar'.split()
+    try:
+        run = process(SCRIPT, *args, stdin=terminal, stdout=terminal, stderr=terminal)
         said = os.read(main, 10_000).decode()
     finally:
         os.close(main)
         os.close(terminal)
     assert run.returncode == 0, said
-    assert printed(repo / 'reports/ours.ipynb') == 'steps=5'
+    assert 'steps = 5' in Path('reports/ours.ipynb').read_text()
 
 
-def test_input_pipe_does_not_overwrite_the_notebook(repo):
-    before = (repo / 'nbs/ours.ipynb').read_bytes()
-    run = papermill(repo, 'nbs/ours.ipynb', '--prepare-only', stdin=None, input='')
+def test_command_as_a_module_does_not_overwrite_the_notebook(repo):
+    "With a pipe as its input, plain papermill takes a single path for the output."
+    before = Path('nbs/ours.ipynb').read_bytes()
+    args = '-m papermill nbs/ours.ipynb --p steps 5 --prepare-only'.split()
+    run = process(sys.executable, *args, input='', capture_output=True)
     assert run.returncode == 0, run.stderr
-    assert (repo / 'nbs/ours.ipynb').read_bytes() == before and (
-        repo / 'reports/ours.ipynb'
-    ).exists()
+    assert Path('nbs/ours.ipynb').read_bytes() == before
+    assert 'steps = 5' in Path('reports/ours.ipynb').read_text()
 
 
-def test_reports_folder_does_not_depend_on_the_working_directory(repo):
+# command line: where the output goes
+
+
+def test_output_does_not_depend_on_the_working_directory(repo):
     (repo / 'elsewhere').mkdir()
-    run = papermill(repo / 'elsewhere', '../nbs/ours.ipynb', '--prepare-only')
-    assert run.returncode == 0, run.stderr
-    assert (repo / 'reports/ours.ipynb').exists()
+    with contextlib.chdir('elsewhere'):
+        assert rewrite(['../nbs/ours.ipynb']) == ['../nbs/ours.ipynb', '../reports/ours.ipynb']
 
 
-@pytest.mark.parametrize('command, ours', [('script', False), ('module', True)])
-def test_explicit_output_and_dashes_are_papermills(repo, command, ours):
-    name = f'nbs/{"ours" if ours else "foreign"}.ipynb'
-    assert (
-        papermill(
-            repo, '-p', 'steps', '3', name, 'out.ipynb', '--prepare-only', command=command
-        ).returncode
-        == 0
-    )
-    assert 'steps = 3' in (repo / 'out.ipynb').read_text()
-    run = papermill(repo, name, '-', '--prepare-only', '-p', 'steps', '3', command=command)
-    assert 'steps = 3' in json.loads(run.stdout)['cells'][1]['source'][-1]
-    run = papermill(
-        repo,
-        '-',
-        '-',
-        '--prepare-only',
-        command=command,
-        stdin=None,
-        input=(repo / name).read_text(),
-    )
-    assert len(json.loads(run.stdout)['cells']) == 2
+@pytest.mark.parametrize(
+    'args',
+    [
+        '-p steps 3 nbs/ours.ipynb out.ipynb',
+        'nbs/ours.ipynb -',
+        '- -',
+        'nbs/foreign.ipynb -p step 3',
+        'nbs/foreign.ipynb out.ipynb',
+    ],
+)
+def test_output_that_is_named_or_foreign_is_papermills(repo, args):
+    assert rewrite(args.split()) == args.split()
     assert not (repo / 'reports').exists()
 
 
-def test_foreign_notebook_is_untouched(repo):
-    run = papermill(
-        repo, 'nbs/foreign.ipynb', '-p', 'step', '3'
-    )  # no output named: printed; unknown parameter: papermill's warning
-    assert run.returncode == 0 and printed(run.stdout) == 'steps=8'
-    assert not (repo / 'reports').exists()
+# refusal: one line, before the kernel
 
 
 @pytest.mark.parametrize(
     'args, said',
     [
-        (
-            ('--p', 'step', '5'),
-            ["unknown parameter 'step'", "did you mean 'steps'", 'Allowed: steps.'],
-        ),
-        (('-y', '{steps: 3, guidance: 2}'), ["unknown parameter 'guidance'", 'Allowed: steps.']),
+        ('--p step 5', "unknown parameter 'step' (did you mean 'steps'?). Allowed: steps, "),
+        ('-y {guidance:2}', "unknown parameter 'guidance'. Allowed: steps, samples, label."),
+        ('-p steps many', "steps='many' is not allowed: give an integer."),
+        ('-p steps None', 'steps=None is not allowed: give an integer.'),
+        ('-p samples 7.5', 'samples=7.5 is not allowed: give an integer, or None.'),
+        ('-p samples True', 'samples=True is not allowed: give an integer, or None.'),
     ],
 )
-def test_unknown_parameter_fails_before_the_kernel(repo, args, said):
-    run = papermill(repo, 'nbs/ours.ipynb', *args)
-    error = [line for line in run.stderr.splitlines() if line.startswith('Error: ')]
-    assert run.returncode == 2 and len(error) == 1 and 'Traceback' not in run.stderr
-    assert all(s in error[0] for s in ['nbs/ours.ipynb', *said])
+def test_refusal_of_a_parameter(repo, monkeypatch, args, said):
+    args = [word.replace(':', ': ') for word in args.split()]
+    run = command(monkeypatch, 'nbs/ours.ipynb', *args)
+    errors = [line for line in run.stderr.splitlines() if line.startswith('Error: ')]
+    assert run.exit_code == 2
+    assert len(errors) == 1 and errors[0].startswith(f'Error: nbs/ours.ipynb: {said}')
     assert not (repo / 'ran').exists() and not (repo / 'reports/ours.ipynb').exists()
 
 
-def test_missing_tag_fails_before_the_kernel(repo):
+def test_refusal_of_a_notebook_without_tag(repo):
     toy(repo / 'nbs/ours.ipynb', tag=False)
-    run = papermill(repo, 'nbs/ours.ipynb')
-    assert (
-        run.returncode == 2
-        and 'no cell is tagged `parameters`' in run.stderr
-        and not (repo / 'ran').exists()
-    )
+    with pytest.raises(ParameterError, match='no cell is tagged `parameters`'):
+        papermill.execute_notebook('nbs/ours.ipynb', None, progress_bar=False)
+    assert not (repo / 'ran').exists()
+
+
+def test_foreign_notebook_keeps_papermills_warning(repo):
+    given = dict(step=3, steps='4')
+    papermill.execute_notebook('nbs/foreign.ipynb', 'out.ipynb', given, progress_bar=False)
+    assert printed('out.ipynb') == "steps='4' samples=None label=None"
+
+
+@pytest.mark.parametrize('content, said', [('{', 'JSON'), (None, 'No such file')])
+def test_broken_notebook_gets_papermills_own_error(repo, monkeypatch, content, said):
+    shutil.rmtree(repo / 'nbs')
+    if content:
+        (repo / 'nbs').mkdir()
+        (repo / 'nbs/ours.ipynb').write_text(content)
+    run = command(monkeypatch, 'nbs/ours.ipynb', 'out.ipynb')
+    assert run.exit_code == 1 and said in repr(run.exception)
+
+
+# imports
 
 
 API = """
 import sys
 {first}
 import papermill
-try: papermill.execute_notebook('nbs/ours.ipynb', None, parameters=dict(step=3), progress_bar=False)
-except ValueError as e: print(e)
+try:
+    papermill.execute_notebook('nbs/ours.ipynb', None, dict(step=3), progress_bar=False)
+except ValueError as e:
+    print(e)
 print(sys.argv[1:], [m for m in ('torch', 'numpy', 'neuralsolver.utils') if m in sys.modules])
 """
 
 
 @pytest.mark.parametrize('first', ['', 'import neuralsolver.tools.papermill_engine'])
-def test_api_checks_too_and_loads_light(repo, first):
-    "In either import order; the command line of a program that is not papermill is its own."
-    run = subprocess.run(
-        [sys.executable, '-c', API.format(first=first), 'nbs/ours.ipynb', '--p'],
-        cwd=repo,
-        capture_output=True,
-        text=True,
-    )
+def test_import_in_either_order_is_light(repo, first):
+    "The API is checked, too; the command line of a program that is not papermill is its own."
+    program = API.format(first=first)
+    run = process(sys.executable, '-c', program, 'nbs/ours.ipynb', '--p', stdout=subprocess.PIPE)
     message, state = run.stdout.splitlines()
     assert "unknown parameter 'step' (did you mean 'steps'?)" in message
     assert state == "['nbs/ours.ipynb', '--p'] []"
     assert not (repo / 'ran').exists()
-
-
-def test_broken_notebook_gets_papermills_own_error(repo):
-    (repo / 'nbs/ours.ipynb').write_text('{')
-    run = papermill(repo, 'nbs/ours.ipynb', 'out.ipynb')
-    assert run.returncode == 1 and 'JSON' in run.stderr and 'papermill_engine' not in run.stderr
-    shutil.rmtree(repo / 'nbs')
-    run = papermill(repo, 'nbs/ours.ipynb', 'out.ipynb')
-    assert run.returncode == 1 and 'No such file' in run.stderr

@@ -6,15 +6,9 @@ import pandas as pd, papermill, pytest
 from neuralsolver.curves import curve_rows, evaluate_curve, write_curve
 from neuralsolver.evaluate import evaluate
 from neuralsolver.protocol import Protocol
-from neuralsolver.tools.reproduce import (
-    identity,
-    read_items,
-    reported_table,
-    reproduce,
-    Run,
-    runs_of,
-    why_run,
-)
+from neuralsolver.tools.reproduce import identity, reproduce, why_run
+from neuralsolver.tools.manifest import read_items, Run, runs_of
+from neuralsolver.tools.results_page import reported_table
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORTS = ROOT / 'reports'
