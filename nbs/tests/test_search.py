@@ -5,21 +5,16 @@ from dataclasses import replace
 import pytest, torch
 from neuralsolver.dpm_solvers import dpm_solver_pp
 from neuralsolver.fields import GaussianMixture
-from neuralsolver.tools import search_runs, solver_search
+from neuralsolver import solver_search
+from neuralsolver.tools import search_runs
 from neuralsolver.closed_form import fit_rows, gits
 from neuralsolver.neural import get_solver, NeuralSolver
 from neuralsolver.paths import LinearPath, VPPath
 from neuralsolver.tools.search_runs import GROUPS, run_search, Scorer, Search
-from neuralsolver.solver_search import (
-    FITTED_MARGIN,
-    heldout_rmse,
-    METHODS,
-    PUBLISHED,
-    race_grids,
-    Recipe,
-    search,
-    start_candidates,
-)
+from neuralsolver.starts import FITTED_MARGIN, PUBLISHED, race_grids, start_candidates
+from neuralsolver.losses import heldout_rmse
+from neuralsolver.recipes import METHODS, Recipe
+from neuralsolver.solver_search import search
 from neuralsolver.classical import adams_bashforth, euler
 from neuralsolver.solvers import sample, Solver
 from neuralsolver.teachers import teacher_solver, teacher_trajectories

@@ -18,7 +18,9 @@ from ..sampling import end_points
 from ..metrics import extract, extractor_name, frechet_distance, load_reference, moments
 from ..checkpoints import load_model, model_file, model_path
 from ..paths import LinearPath
-from ..solver_search import check_start, method_settings, METHODS, Recipe, search
+from ..starts import check_start
+from ..recipes import method_settings, METHODS, Recipe
+from ..solver_search import search
 from ..classical import adams_bashforth
 from ..solvers import Solver
 from ..dpm_solvers import dpm_solver_pp
