@@ -56,7 +56,7 @@ def make_model(
     image = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels)
     return ARCHITECTURES[architecture](**image, **dims, **kwargs)
 
-# %% ../nbs/models/05_checkpoints.ipynb #46909e48
+# %% ../nbs/models/05_checkpoints.ipynb #20d14469
 def save_model(
     net: nn.Module,  # a network with a `config` of constructor arguments
     state_dict: dict[str, Tensor],  # the weights to save (the EMA, usually)
@@ -70,7 +70,7 @@ def save_model(
     known = dict(architecture=type(net).__name__, config=net.config, sha256=sha256(path))
     write_json(path.with_suffix('.json'), known | card)
 
-# %% ../nbs/models/05_checkpoints.ipynb #3fd81b78
+# %% ../nbs/models/05_checkpoints.ipynb #fc789602
 def load_card(path: str | os.PathLike) -> dict:
     "The card of a weights file."
     return json.loads(Path(path).with_suffix('.json').read_text())
@@ -122,7 +122,7 @@ def read_checkpoint(
         )
     return {k.removeprefix('module.'): v for k, v in weights.items()}
 
-# %% ../nbs/models/05_checkpoints.ipynb #55ed37c0
+# %% ../nbs/models/05_checkpoints.ipynb #f455426a
 def _misfits(own: dict[str, Tensor], weights: dict[str, Tensor]) -> list[str]:
     "What is missing, foreign or of another shape, in words."
     shapes = {k: (list(weights[k].shape), list(own[k].shape)) for k in own.keys() & weights.keys()}
@@ -131,7 +131,7 @@ def _misfits(own: dict[str, Tensor], weights: dict[str, Tensor]) -> list[str]:
     bent = [f'{k} {has} instead of {wants}' for k, (has, wants) in shapes.items() if has != wants]
     return sorted(missing + foreign + bent)
 
-
+# %% ../nbs/models/05_checkpoints.ipynb #7a67ed69
 def load_checkpoint(
     net: nn.Module,  # the network that the file belongs to, changed in place
     path: str | os.PathLike,  # as in `read_checkpoint`
@@ -200,7 +200,7 @@ def list_models() -> list[str]:
     trained = sorted(p.stem for p in cards if p.with_suffix('.safetensors').exists())
     return ['fashion-mixture', *trained]
 
-# %% ../nbs/models/05_checkpoints.ipynb #21731160
+# %% ../nbs/models/05_checkpoints.ipynb #766762d4
 def model_architecture(
     name: str,  # of `list_models()`, a key of CHECKPOINTS, or NAME.safetensors with its card
 ) -> str:  # a key of ARCHITECTURES, or 'GaussianMixture'
@@ -252,7 +252,7 @@ def model_file(
         return data_root() / 'fashion_mixture.npz'
     return data_root() / f'{name}.safetensors'
 
-# %% ../nbs/models/05_checkpoints.ipynb #fffbce56
+# %% ../nbs/models/05_checkpoints.ipynb #0f9295ec
 def load_model(
     name: str,  # of `list_models()`, a key of CHECKPOINTS, or NAME.safetensors with its card
     device: str | torch.device = 'cpu',  # where to put it
@@ -299,7 +299,18 @@ def _hub_file(source: str, file: str) -> Path:
 
     return Path(hf_hub_download(source, file))
 
-# %% ../nbs/models/05_checkpoints.ipynb #07d21549
+# %% ../nbs/models/05_checkpoints.ipynb #87f6968f
+def _autoencoder_class():
+    import_torchvision()
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as e:
+        raise ImportError(
+            f'the autoencoder needs diffusers ({e}): pip install "neuralsolver[diffusers]".'
+        ) from e
+    return AutoencoderKL
+
+# %% ../nbs/models/05_checkpoints.ipynb #c7ca6198
 class Autoencoder:
     "Latents to images in [-1, 1], by diffusers' AutoencoderKL."
 
@@ -316,14 +327,7 @@ class Autoencoder:
         self.batch_size = batch_size
         self.autocast = autocast
         self.device = torch.device(device)
-        import_torchvision()
-        try:
-            from diffusers import AutoencoderKL
-        except ImportError as e:
-            raise ImportError(
-                f'the autoencoder needs diffusers ({e}): pip install "neuralsolver[diffusers]".'
-            ) from e
-        net = AutoencoderKL.from_pretrained(self.folder, local_files_only=True)
+        net = _autoencoder_class().from_pretrained(self.folder, local_files_only=True)
         self.net = net.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()

@@ -6,83 +6,92 @@
 __all__ = ['deformable_gather']
 
 # %% ../nbs/models/03_kernels.ipynb #625d64f9
-import functools, importlib.util, os
+import functools
+import importlib.util
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from .utils import check_choice
 
 # %% ../nbs/models/03_kernels.ipynb #792f5529
 def _corners(
-    position: Tensor, size: int
+    position: Tensor,  # [...]
+    size: int,  # cells of the axis
 ) -> tuple[Tensor, Tensor]:  # cells [..., 2], weights [..., 2]
-    "The two cells that a coordinate reads on one axis, truncated as in the official kernel; outside weighs 0."
-    cell = position.trunc()
+    "The two cells that a coordinate reads on one axis; a cell outside has weight 0."
+    cell = position.trunc()  # towards zero, as in the official kernel
     part = position - cell  # part < 0 below zero
-    cells, weights = torch.stack([cell, cell + 1], -1), torch.stack([1 - part, part], -1)
+    cells = torch.stack([cell, cell + 1], -1)
+    weights = torch.stack([1 - part, part], -1)
     inside = (cells >= 0) & (cells < size)
     return cells.clamp(0, size - 1).long(), weights * inside
 
 # %% ../nbs/models/03_kernels.ipynb #0a134701
-def _gather_torch(
-    value: Tensor, offsets: Tensor, weights: Tensor
-) -> Tensor:  # as `deformable_gather`
-    "The operator in PyTorch, for any device and dtype."
+def _gather_torch(value: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    "`deformable_gather` in PyTorch, for any device and dtype."
     B, H, W, G, C = value.shape
     K = offsets.shape[4]
     if offsets.dtype in (torch.float16, torch.bfloat16):
         offsets = offsets.float()  # a coordinate of 30.2 would be 30.25 in bfloat16
-    column, row = (torch.arange(n, device=value.device, dtype=offsets.dtype) for n in (W, H))
-    x, wx = _corners(offsets[..., 0] + column[:, None, None], W)  # [B, H, W, G, K, 2]
-    y, wy = _corners(offsets[..., 1] + row[:, None, None, None], H)
-    place = y[..., :, None] * W + x[..., None, :]
-    weight = wy[..., :, None] * wx[..., None, :] * weights[..., None, None]  # four corners each
-    table = torch.arange(B, device=value.device)[:, None, None, None] * G + torch.arange(
-        G, device=value.device
-    )  # one table of H W rows for each sample and group
+    kind = dict(device=value.device, dtype=offsets.dtype)
+    column = torch.arange(W, **kind)[:, None, None]
+    row = torch.arange(H, **kind)[:, None, None, None]
+    x, wx = _corners(offsets[..., 0] + column, W)  # [B, H, W, G, K, 2]
+    y, wy = _corners(offsets[..., 1] + row, H)
+    place = y[..., :, None] * W + x[..., None, :]  # four corners each
+    weight = wy[..., :, None] * wx[..., None, :] * weights[..., None, None]
+    # one table of H W rows for each sample and group
+    group = torch.arange(G, device=value.device)
+    table = torch.arange(B, device=value.device)[:, None, None, None] * G + group
     rows = (table[..., None, None, None] * (H * W) + place).reshape(B * H * W * G, 4 * K)
     flat = value.permute(0, 3, 1, 2, 4).reshape(B * G * H * W, C)
-    return F.embedding_bag(
-        rows, flat, mode='sum', per_sample_weights=weight.reshape_as(rows).to(flat.dtype)
-    ).view(B, H, W, G, C)
+    weight = weight.reshape_as(rows).to(flat.dtype)
+    out = F.embedding_bag(rows, flat, mode='sum', per_sample_weights=weight)
+    return out.view(B, H, W, G, C)
 
 # %% ../nbs/models/03_kernels.ipynb #ac93afa3
 @functools.lru_cache(None)
 def _shared():
-    "What both kernels call, as globals of this module: the interpreter runs a kernel's source anew, without the names around it."
-    global tl, _rows, _corner
-    import triton, triton.language as tl
+    "What both kernels call, as globals: the interpreter runs a kernel's source in this module."
+    global tl, _rows, _point, _corner
+    import triton
+    import triton.language as tl
 
     @triton.jit
     def _rows(count, H, W, G, C: tl.constexpr, R: tl.constexpr):
-        n = tl.program_id(0).to(tl.int64) * R + tl.arange(
-            0, R
-        )  # 64 bits: products with K and C pass 2^31
+        # 64 bits: products with K and C pass 2^31
+        n = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
         token = n // G
         first = (token // W // H * H * W * G + n % G) * C  # cell (0, 0) of the sample and group
         return n, n < count, (token % W).to(tl.float32), (token // W % H).to(tl.float32), first
 
     @triton.jit
+    def _point(offsets, weights, point, live, column, row):
+        x = column + tl.load(offsets + 2 * point, live, 0).to(tl.float32)
+        y = row + tl.load(offsets + 2 * point + 1, live, 0).to(tl.float32)
+        return x, y, tl.load(weights + point, live, 0).to(tl.float32)
+
+    @triton.jit
     def _corner(x, y, i, j, H, W):
-        x0 = tl.where(
-            x < 0, tl.ceil(x), tl.floor(x)
-        )  # towards zero; in float32, since a far coordinate is no int32
+        # towards zero; in float32, since a far coordinate is no int32
+        x0 = tl.where(x < 0, tl.ceil(x), tl.floor(x))
         y0 = tl.where(y < 0, tl.ceil(y), tl.floor(y))
         inside = (x0 + j >= 0) & (x0 + j < W) & (y0 + i >= 0) & (y0 + i < H)
-        cell = tl.where(inside, y0 + i, 0).to(tl.int64) * W + tl.where(inside, x0 + j, 0).to(
-            tl.int64
-        )
+        row = tl.where(inside, y0 + i, 0).to(tl.int64)
+        cell = row * W + tl.where(inside, x0 + j, 0).to(tl.int64)
         return cell, inside, (1 - i) + (2 * i - 1) * (y - y0), (1 - j) + (2 * j - 1) * (x - x0)
 
     return triton
 
 # %% ../nbs/models/03_kernels.ipynb #f82122eb
+# value, offsets, weights -> out, all contiguous;
+# R rows a program, C channels in L lanes, powers of two
 @functools.lru_cache(None)
 def _forward_kernel():
-    "value, offsets, weights -> out, all contiguous; R rows a program, C channels in L lanes, powers of two."
-    triton = _shared()
-
-    @triton.jit
+    @_shared().jit
     def forward(
         value,
         offsets,
@@ -101,10 +110,7 @@ def _forward_kernel():
         c = tl.arange(0, L)[None, :]
         total = tl.zeros([R, L], tl.float32)
         for k in range(K):
-            point = n * K + k
-            x = column + tl.load(offsets + 2 * point, live, 0).to(tl.float32)
-            y = row + tl.load(offsets + 2 * point + 1, live, 0).to(tl.float32)
-            p = tl.load(weights + point, live, 0).to(tl.float32)
+            x, y, p = _point(offsets, weights, n * K + k, live, column, row)
             for i in tl.static_range(2):
                 for j in tl.static_range(2):
                     cell, inside, ay, ax = _corner(x, y, i, j, H, W)
@@ -116,12 +122,11 @@ def _forward_kernel():
     return forward
 
 # %% ../nbs/models/03_kernels.ipynb #3629ea26
+# grad [like out], value, offsets, weights -> their gradients;
+# that of value is added to a float32 tensor
 @functools.lru_cache(None)
 def _backward_kernel():
-    "grad [like out], value, offsets, weights -> their gradients; that of value is added to a float32 tensor."
-    triton = _shared()
-
-    @triton.jit
+    @_shared().jit
     def backward(
         grad,
         value,
@@ -144,14 +149,10 @@ def _backward_kernel():
         g = tl.load(grad + n[:, None] * C + c, live[:, None] & (c < C), 0).to(tl.float32)
         for k in range(K):
             point = n * K + k
-            x = column + tl.load(offsets + 2 * point, live, 0).to(tl.float32)
-            y = row + tl.load(offsets + 2 * point + 1, live, 0).to(tl.float32)
-            p = tl.load(weights + point, live, 0).to(tl.float32)
-            to_x, to_y, to_p = (
-                tl.zeros([R], tl.float32),
-                tl.zeros([R], tl.float32),
-                tl.zeros([R], tl.float32),
-            )
+            x, y, p = _point(offsets, weights, point, live, column, row)
+            to_x = tl.zeros([R], tl.float32)
+            to_y = tl.zeros([R], tl.float32)
+            to_p = tl.zeros([R], tl.float32)
             for i in tl.static_range(2):
                 for j in tl.static_range(2):
                     cell, inside, ay, ax = _corner(x, y, i, j, H, W)
@@ -169,54 +170,39 @@ def _backward_kernel():
     return backward
 
 # %% ../nbs/models/03_kernels.ipynb #a8309f1d
+_DEVICES = ('cuda', 'cpu')  # cpu: the interpreter
+
+
 def _launch(kernel, value: Tensor, points: int, *tensors: Tensor):
     "Run a kernel on `value` [B, H, W, G, C] with K points; `tensors` are its pointers."
     B, H, W, G, C = value.shape
+    count = B * H * W * G
     lanes = 1 << (C - 1).bit_length()
     rows = max(1, 1024 // lanes)
     if value.numel():  # an empty grid is an error
         with torch.cuda.device_of(value):  # Triton launches on the current device
-            kernel[(-(-B * H * W * G // rows),)](
-                *tensors, B * H * W * G, H, W, G, C=C, K=points, R=rows, L=lanes
-            )
+            kernel[(-(-count // rows),)](*tensors, count, H, W, G, C=C, K=points, R=rows, L=lanes)
 
 
-@torch.library.custom_op(
-    'neuralsolver::deformable_gather', mutates_args=(), device_types=('cuda', 'cpu')
-)  # cpu: the interpreter
+@torch.library.custom_op('neuralsolver::deformable_gather', mutates_args=(), device_types=_DEVICES)
 def _gather(value: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    value, offsets, weights = value.contiguous(), offsets.contiguous(), weights.contiguous()
-    out = value.new_empty(value.shape)
-    _launch(_forward_kernel(), value, offsets.shape[4], value, offsets, weights, out)
+    inputs = [t.contiguous() for t in (value, offsets, weights)]
+    out = inputs[0].new_empty(value.shape)
+    _launch(_forward_kernel(), inputs[0], offsets.shape[4], *inputs, out)
     return out
 
-
+# %% ../nbs/models/03_kernels.ipynb #43f8a81b
 @torch.library.custom_op(
-    'neuralsolver::deformable_gather_backward', mutates_args=(), device_types=('cuda', 'cpu')
+    'neuralsolver::deformable_gather_backward', mutates_args=(), device_types=_DEVICES
 )
 def _gather_backward(
     grad: Tensor, value: Tensor, offsets: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, value, offsets, weights = (
-        grad.contiguous(),
-        value.contiguous(),
-        offsets.contiguous(),
-        weights.contiguous(),
-    )
+    inputs = [t.contiguous() for t in (grad, value, offsets, weights)]
     to_value = torch.zeros(value.shape, device=value.device)
-    to_offsets, to_weights = offsets.new_empty(offsets.shape), weights.new_empty(weights.shape)
-    _launch(
-        _backward_kernel(),
-        value,
-        offsets.shape[4],
-        grad,
-        value,
-        offsets,
-        weights,
-        to_value,
-        to_offsets,
-        to_weights,
-    )
+    to_offsets, to_weights = (torch.empty_like(t) for t in inputs[2:])
+    outputs = (to_value, to_offsets, to_weights)
+    _launch(_backward_kernel(), inputs[1], offsets.shape[4], *inputs, *outputs)
     return to_value.to(value.dtype), to_offsets, to_weights
 
 # %% ../nbs/models/03_kernels.ipynb #dff9e809
@@ -230,62 +216,68 @@ def _(grad, value, offsets, weights):
     return tuple(t.new_empty(t.shape) for t in (value, offsets, weights))
 
 
-# by name, as the last to register it: a notebook that defines these operators again takes the place of the module's
-_gather.register_autograd(
-    lambda ctx, grad: torch.ops.neuralsolver.deformable_gather_backward(grad, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    # by name: a notebook that defines the operators again takes the place of the module's
+    return torch.ops.neuralsolver.deformable_gather_backward(grad, *ctx.saved_tensors)
+
+
+_gather.register_autograd(_backward, setup_context=_keep)
 
 # %% ../nbs/models/03_kernels.ipynb #41056760
 _TRITON = importlib.util.find_spec('triton') is not None  # looked for, not imported
 
 
-def _refusal(*tensors: Tensor) -> str:
-    "Why the kernel cannot take these tensors; '' if it can."
+def _refusal(tensors: tuple[Tensor, ...]) -> str | None:  # None = it can
+    "Why the kernel cannot take these tensors."
     if not _TRITON:
         return 'the package triton is missing (pip install triton)'
     dtypes = [t.dtype for t in tensors]
     if not {*dtypes} <= {torch.float32, torch.bfloat16, torch.float16}:
         return f'it takes float32, bfloat16 and float16, not {dtypes}'
     if all(t.is_cuda for t in tensors) or os.environ.get('TRITON_INTERPRET') == '1':
-        return ''
-    return f'it takes CUDA tensors, not {[str(t.device) for t in tensors]}; on CPU it is for tests, with TRITON_INTERPRET=1 set before Python starts'
+        return None
+    return (
+        f'it takes CUDA tensors, not {[str(t.device) for t in tensors]}; '
+        'on CPU it is for tests, with TRITON_INTERPRET=1 set before Python starts'
+    )
 
 
+def _takes_kernel(backend: str, tensors: tuple[Tensor, ...]) -> bool:
+    "Does this call use the kernel? ValueError where it is asked for and cannot run."
+    if backend == 'torch':
+        return False
+    refusal = _refusal(tensors)
+    if backend == 'triton':
+        if refusal:
+            raise ValueError(
+                f"backend='triton' cannot run here: {refusal}. Or use backend='auto' or 'torch'."
+            )
+        return True
+    ordered = torch.are_deterministic_algorithms_enabled()  # rules out atomic sums
+    return refusal is None and all(t.is_cuda for t in tensors) and not ordered
+
+# %% ../nbs/models/03_kernels.ipynb #e4477bbe
 def deformable_gather(
     value: Tensor,  # what is read [B, H, W, G, C]
     offsets: Tensor,  # of the points from their token, (column, row), [B, H, W, G, K, 2]
-    weights: Tensor,  # of the points, used as they are [B, H, W, G, K]
-    backend: str = 'auto',  # 'torch', 'triton', or 'auto': the kernel where it can run, else PyTorch
+    weights: Tensor,  # of the points, no softmax [B, H, W, G, K]
+    backend: str = 'auto',  # 'torch', 'triton', or 'auto': the kernel where it can run
 ) -> Tensor:  # weighted sums [B, H, W, G, C]
-    "Multi-group deformable convolution with bilinear samples (arXiv 2410.22655), border rule of the official kernel."
+    "Multi-group deformable convolution (arXiv 2410.22655), border rule of the official kernel."
     check_choice('backend', backend, ('auto', 'torch', 'triton'))
-    grid, points = value.shape[:4], weights.shape[4:]
-    if (
-        value.ndim != 5
-        or weights.ndim != 5
-        or weights.shape[:4] != grid
-        or offsets.shape != (*grid, *points, 2)
-    ):
+    grid = value.shape[:4]
+    wanted = (*grid, *weights.shape[4:], 2)
+    fits = value.ndim == weights.ndim == 5 and weights.shape[:4] == grid
+    if not fits or offsets.shape != wanted:
         raise ValueError(
-            f'value {list(value.shape)}, offsets {list(offsets.shape)} and weights {list(weights.shape)} do not fit: '
+            f'value {list(value.shape)}, offsets {list(offsets.shape)} and weights '
+            f'{list(weights.shape)} do not fit: '
             'give [B, H, W, G, C], [B, H, W, G, K, 2] and [B, H, W, G, K].'
         )
-    tensors = (value, offsets, weights)
-    if backend == 'triton' and (why := _refusal(*tensors)):
-        raise ValueError(
-            f"backend='triton' cannot run here: {why}. Or use backend='auto' or 'torch'."
-        )
-    ordered = torch.are_deterministic_algorithms_enabled()  # rules out atomic sums
-    if (
-        backend == 'auto'
-        and all(t.is_cuda for t in tensors)
-        and not ordered
-        and not _refusal(*tensors)
-    ):
-        backend = 'triton'
-    return (
-        torch.ops.neuralsolver.deformable_gather(*tensors)
-        if backend == 'triton'
-        else _gather_torch(*tensors)
-    )
+    if _takes_kernel(backend, (value, offsets, weights)):
+        return torch.ops.neuralsolver.deformable_gather(value, offsets, weights)
+    return _gather_torch(value, offsets, weights)

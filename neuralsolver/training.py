@@ -208,7 +208,7 @@ def _check(images: Tensor, labels: Tensor, p: SimpleNamespace):
     check_float('lr', p.lr, 1e-12, 1)
     check_float('ema_decay', p.ema_decay, 0, 1)
 
-
+# %% ../nbs/models/02_training.ipynb #b2c3a63a
 def _bar(done: int, end: int, steps: int, losses: list[float], shown: bool) -> Iterator[int]:
     "The steps to do, with a bar of all steps and the mean of the last 500 losses."
     look = dict(desc='training', unit='step', mininterval=20, disable=not shown)

@@ -5,17 +5,9 @@ from dataclasses import replace
 from contextlib import contextmanager
 from functools import cache
 import numpy as np, pytest, torch
-from neuralsolver.diffusers import (
-    compose_shift,
-    convert_output,
-    DiffusersField,
-    FlowNeuralSolverScheduler as Flow,
-    is_flow,
-    keep_times,
-    output_factors,
-    pipeline_field,
-    VPNeuralSolverScheduler as VP,
-)
+from neuralsolver.diffusers import compose_shift, FlowNeuralSolverScheduler as Flow, keep_times, VPNeuralSolverScheduler as VP
+from neuralsolver._conventions import convert_output, is_flow, output_factors
+from neuralsolver._pipeline_field import DiffusersField, pipeline_field
 from neuralsolver.exponential import ddim
 import diffusers
 from neuralsolver.fields import GaussianMixture

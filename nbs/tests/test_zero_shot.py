@@ -6,11 +6,8 @@ from functools import wraps
 import numpy as np, pandas as pd, pytest, torch
 import neuralsolver as ns
 from neuralsolver.data import CLASSES
-from neuralsolver.diffusers import (
-    FlowNeuralSolverScheduler,
-    pipeline_field,
-    VPNeuralSolverScheduler,
-)
+from neuralsolver.diffusers import FlowNeuralSolverScheduler, VPNeuralSolverScheduler
+from neuralsolver._pipeline_field import pipeline_field
 from neuralsolver.paths import DDPMPath
 from neuralsolver.pipelines import (
     generators,
@@ -21,16 +18,8 @@ from neuralsolver.pipelines import (
     trained_pipeline,
 )
 from neuralsolver.utils import data_file
-from neuralsolver.zero_shot import (
-    check_renderings,
-    image_scores,
-    make_scheduler,
-    picture_files,
-    read_image,
-    render,
-    Rendering,
-    reported_scores,
-)
+from neuralsolver.zero_shot import check_renderings, make_scheduler, picture_files, read_image, render, Rendering
+from neuralsolver.text_to_image import image_scores, reported_scores
 from test_search_notebook import in_process
 from test_inception import random_inception
 
@@ -687,7 +676,7 @@ def test_image_scores_are_those_of_the_features(inception, tmp_path):
 
 
 def test_real_images_of_other_sizes_are_fitted(tmp_path):
-    from neuralsolver.zero_shot import _Pictures
+    from neuralsolver.text_to_image import _Pictures
 
     real = folder_of(
         tmp_path / 'b', [np.full((40, 60, 3), 7, np.uint8), np.full((90, 30), 9, np.uint8)]

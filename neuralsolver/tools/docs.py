@@ -152,7 +152,7 @@ def stage_navigation(stage: Stage, reference: list[str]):
 
 # %% ../../nbs/tools/05_docs.ipynb #2f72b0ba
 def public_modules(
-    notebooks: Iterable[str],  # of the site, below nbs/
+    notebooks: Sequence[str],  # of the site, below nbs/
 ) -> dict[str, str]:  # neuralsolver.solvers: method/04_solvers.ipynb
     "Modules with public names, by their full names."
     found = {}
@@ -178,7 +178,7 @@ def linked_names(
             place = (f'api/{short}', f'{module}.{name}')
             links |= {f'{short}.{name}': place, f'{module}.{name}': place}
             if every.count(name) == 1 and len(name) > 3 and name not in stems:
-                links[name] = place
+                links |= {name: place, f'ns.{name}': place}
     return links
 
 # %% ../../nbs/tools/05_docs.ipynb #f8e64730
