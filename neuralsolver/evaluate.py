@@ -22,7 +22,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .inception import export_npz, image_metrics
+from .image_files import export_npz
+from .inception import image_metrics
 from neuralsolver.metrics import (
     Features,
     blocks,

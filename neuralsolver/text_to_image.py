@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .inception import ENDINGS, ImageReference, Inception, image_metrics
+from .image_files import ENDINGS
+from .inception import ImageReference, Inception, image_metrics
 from .metrics import moments
 from .utils import check_choice, data_file
 from .zero_shot import picture_files, read_image

@@ -1,8 +1,10 @@
 "The published tables, derived a second time from the raw numbers."
 
-import json, math
+import json
+import math
 from dataclasses import replace
-import pytest, torch
+import pytest
+import torch
 from neuralsolver.neural import FAMILIES, NeuralSolver, error_bound, get_solver, list_solvers, load_solver, neural_solver
 from neuralsolver.classical import adam2, adam4
 from neuralsolver.paths import VPPath
@@ -79,36 +81,6 @@ def test_vp_tables_by_a_naive_loop(name, n):
     torch.testing.assert_close(
         result, x, rtol=1e-10, atol=1e-10
     )  # the naive sigma cancels at small t
-
-
-def test_adams_rows_are_the_official_ones():
-    rows = {
-        1: [1],
-        2: [-1 / 2, 3 / 2],
-        3: [5 / 12, -16 / 12, 23 / 12],
-        4: [-9 / 24, 37 / 24, -59 / 24, 55 / 24],
-    }  # oldest first
-    for n in (1, 2, 3, 5, 8, 16):
-        for solver, order in ((adam2(n), 2), (adam4(n), 4)):
-            expected = torch.zeros(n, n, dtype=torch.float64)
-            for i in range(n):
-                p = min(order, i + 1)
-                expected[i, i + 1 - p : i + 1] = torch.tensor(rows[p], dtype=torch.float64) / n
-            torch.testing.assert_close(solver.weights, expected, rtol=0, atol=1e-14)
-            torch.testing.assert_close(
-                solver.nodes, torch.arange(n + 1, dtype=torch.float64) / n, rtol=0, atol=1e-15
-            )
-
-
-def test_parameter_counts_are_the_papers():
-    counts = {5: 15, 6: 21, 7: 28, 8: 36, 9: 45, 10: 55, 15: 120}
-    for name, n in ALL:
-        assert load_solver(name, n).params == counts[n]
-    for n, count in counts.items():
-        assert NeuralSolver(n)().params == count
-    for n in (1, 7, 8, 15):
-        assert sum(p.numel() for p in NeuralSolver(n).parameters()) == n * (n + 1) // 2
-    assert get_solver('adam4', 8).params == 0
 
 
 @pytest.mark.parametrize('n, zeros, entries', [(5, 5, 10), (6, 7, 15)])
@@ -217,15 +189,14 @@ def test_the_larger_families_by_a_naive_loop(family, coordinates):
         d, g = module.d[i].item(), 0 if module.g is None else module.g[i].item()
         u = t + dt if coordinates == 'velocity' else max(t - dt, 1e-3)
         (a, s), (b, z) = alpha_sigma(t), alpha_sigma(u)
-        gain, span = {
-            'velocity': lambda: (1, dt),
-            'data': lambda: (z / s, b - z * a / s),
-            'noise': lambda: (b / a, z - b * s / a),
-        }[coordinates]()
+        gain, span = 1, dt
+        if coordinates == 'data':
+            gain, span = z / s, b - z * a / s
+        if coordinates == 'noise':
+            gain, span = b / a, z - b * s / a
         q.append(field(x, t))
-        x = (1 + g) * gain * x + (1 + d) * span * sum(
-            m * v for m, v in zip([*row, 1 - math.fsum(row)], q)
-        )
+        update = sum(m * v for m, v in zip([*row, 1 - math.fsum(row)], q))
+        x = (1 + g) * gain * x + (1 + d) * span * update
         t = u
     torch.testing.assert_close(result, x, rtol=1e-9, atol=1e-9)
     assert not solver.consistent and solver.params == dict(scaled=20).get(family, 25)
@@ -244,11 +215,11 @@ def test_only_what_is_free_moves(family, order):
     moved = tuple(k for k, v in module.state_dict().items() if not torch.equal(v, before[k]))
     assert moved == FAMILIES[family] and set(before) == {'r', 'c', *moved}
     old, new = adam2(7), module()
-    M = lambda s: s.weights / s.weights.sum(1, keepdim=True)
+    M_old, M_new = (s.weights / s.weights.sum(1, keepdim=True) for s in (old, new))
     if 'r' not in moved:
         torch.testing.assert_close(new.nodes, old.nodes, rtol=0, atol=1e-14)
     if 'c' not in moved:
-        torch.testing.assert_close(M(new), M(old), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(M_new, M_old, rtol=1e-12, atol=1e-12)
     if 'd' not in moved:
         torch.testing.assert_close(new.weights.sum(1), new.nodes.diff(), rtol=0, atol=1e-12)
     if 'g' not in moved:
@@ -322,7 +293,7 @@ FREE = Solver([0, 0.3, 0.6, 1], [[0.4, 0, 0], [0.1, 0.2, 0], [0, 0.1, 0.5]], gai
         (lambda: NeuralSolver(3, order=0), ['order=0']),
         (lambda: NeuralSolver(3, init=FREE), ["init='solver'", "family='non-stationary'"]),
         (lambda: NeuralSolver(3, init=FREE, family='times'), ["family='times'"]),
-        (lambda: NeuralSolver(3, init=FREE, family='scaled'), ['gains of its own']),
+        (lambda: NeuralSolver(3, init=FREE, family='scaled'), ["family='scaled'"]),
         (
             lambda: NeuralSolver(
                 3,
@@ -331,16 +302,16 @@ FREE = Solver([0, 0.3, 0.6, 1], [[0.4, 0, 0], [0.1, 0.2, 0], [0, 0.1, 0.5]], gai
             ),
             ['sums to 0'],
         ),
-        (
-            lambda: NeuralSolver(8, init=adam4(8), order=3),
-            ['more than 3 evaluations', 'order=None'],
-        ),
+        (lambda: NeuralSolver(8, init=adam4(8), order=3), ['3 evaluations', 'order=None']),
         (lambda: NeuralSolver(8, True, adam4(8), order=4), ['two_step_tail=False']),
         (
-            lambda: neural_solver([0.5, 0.5], torch.zeros(2, 2), scale=[1.0]),
-            ['scale', '[2]', '[1]'],
+            lambda: neural_solver([0.5, 0.5], torch.zeros(2, 2), factors=torch.ones(2)),
+            ['factors', '[2]', '[2, 2]'],
         ),
-        (lambda: neural_solver([0.5, 0.5], torch.zeros(2, 2), gain_scale=[1.0, 0.0]), ['gains']),
+        (
+            lambda: neural_solver([0.5, 0.5], torch.zeros(2, 2), factors=torch.eye(2)),
+            ['gains'],
+        ),
     ],
 )
 def test_errors_of_the_families(call, words):

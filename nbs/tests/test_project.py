@@ -1,13 +1,25 @@
-"The repository as a whole: generated files are in step, the wheel is complete, README's commands are those that are run."
+"The repository as a whole: generated files, the wheel, README's commands, continuous integration."
 
-import ast, io, json, os, re, shutil, subprocess, sys, tokenize, tomllib
+import ast
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tokenize
+import tomllib
 from pathlib import Path
-import papermill, pytest
+
+import papermill
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-TEST = 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[dev]" && .venv/bin/pytest'
-RUN = 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[dev]" && .venv/bin/papermill nbs/eval.ipynb --p steps 8'
+INSTALL = 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[dev]"'
+TEST = f'{INSTALL} && .venv/bin/pytest'
+RUN = f'{INSTALL} && .venv/bin/papermill nbs/eval.ipynb --p steps 8'
 
 
 def metadata(nb):
@@ -21,6 +33,7 @@ PAPERMILL = [p for p in NOTEBOOKS if metadata(p).get('neuralsolver', {}).get('pa
 
 
 def run(*args, cwd, **kwargs):
+    "What a command prints; it must succeed."
     done = subprocess.run(
         [str(a) for a in args],
         cwd=cwd,
@@ -33,7 +46,7 @@ def run(*args, cwd, **kwargs):
     return done.stdout
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def tree(tmp_path_factory):
     "A copy of the working tree: what git tracks, and what it would add."
     command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
@@ -42,11 +55,13 @@ def tree(tmp_path_factory):
         pytest.skip('not a git clone')
     copy = tmp_path_factory.mktemp('tree')
     for name in filter(None, listed.stdout.split('\0')):
-        if not (ROOT / name).is_file():
-            continue  # deleted, not yet committed
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, copy / name)
+        if (ROOT / name).is_file():  # else deleted, not yet committed
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
     return copy
+
+
+# generated files
 
 
 def contents(root):
@@ -54,9 +69,10 @@ def contents(root):
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in files}
 
 
-def test_clean_and_export_change_nothing(tree):
+def test_generated_files_are_those_of_the_notebooks(tree):
+    "nbdev_clean and nbdev_export change nothing; tags and marks survive."
     before = contents(tree)
-    env = os.environ | {'PYTHONPATH': str(tree), 'PYTHONDONTWRITEBYTECODE': '1'}
+    env = os.environ | dict(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE='1')
     run(BIN / 'nbdev_clean', cwd=tree, env=env)
     run(BIN / 'nbdev_export', cwd=tree, env=env)
     after = contents(tree)
@@ -64,74 +80,72 @@ def test_clean_and_export_change_nothing(tree):
     assert not changed, 'run nbdev_clean and nbdev_export, and commit what they change'
 
 
-def test_clean_keeps_tag_and_mark_but_not_the_rest(tmp_path):
-    "On a notebook as an editor saves it; this guards the two allow-lists in settings.ini."
-    shutil.copy(ROOT / 'settings.ini', tmp_path)
-    nb = tmp_path / 'nbs/toy.ipynb'
-    nb.parent.mkdir()
-    cell = {
-        'cell_type': 'code',
-        'id': 'a',
-        'execution_count': 7,
-        'outputs': [],
-        'source': 'steps: int = 8',
-        'metadata': {'tags': ['parameters'], 'collapsed': True},
-    }
-    kernel = {'name': 'python3', 'language': 'python', 'display_name': 'mine'}
-    nb.write_text(
-        json.dumps(
-            {
-                'cells': [cell],
-                'nbformat': 4,
-                'nbformat_minor': 5,
-                'metadata': {
-                    'kernelspec': kernel,
-                    'language_info': {'name': 'python'},
-                    'neuralsolver': {'papermill': True},
-                },
-            }
-        )
-    )
-    run(BIN / 'nbdev_clean', cwd=tmp_path)
-    cleaned = json.loads(nb.read_text())
-    assert cleaned['metadata'] == {
-        'kernelspec': kernel | {'display_name': 'python3'},
-        'neuralsolver': {'papermill': True},
-    }
-    assert (
-        cleaned['cells'][0]['metadata'] == {'tags': ['parameters']}
-        and cleaned['cells'][0]['execution_count'] is None
-    )
+def test_generated_readme_is_the_index_notebook(tree, tmp_path):
+    settings = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+    command = settings['tool']['neuralsolver']['readme']
+    (tmp_path / 'nbs').mkdir()
+    shutil.copy(tree / 'nbs/index.ipynb', tmp_path / 'nbs')
+    path = f'{BIN}{os.pathsep}{os.environ["PATH"]}'
+    run('bash', '-euo', 'pipefail', '-c', command, cwd=tmp_path, env=os.environ | dict(PATH=path))
+    made = (tmp_path / 'README.md').read_text(encoding='utf-8')
+    assert made == (ROOT / 'README.md').read_text(encoding='utf-8'), f'run: {command}'
+
+
+def test_readme_commands_are_those_that_are_tested():
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'^```[^\n]*\n(.*?)^```', readme, re.M | re.S)
+    fenced = [line for block in blocks for line in block.splitlines()]
+    assert fenced.count(TEST) == 1 and fenced.count(RUN) == 1
+
+
+MACHINE = re.compile(r'(?<![\w.~])/(?:tmp|work|home|root|Users)/')
+TEXT = ('.ipynb', '.json', '.jsonl', '.csv', '.md', '.html')
+
+
+def test_committed_files_name_no_folder_of_a_machine(tree):
+    "Notebooks with their outputs, data, pages."
+    found = []
+    for file in sorted(p for p in tree.rglob('*') if p.suffix in TEXT):
+        lines = file.read_text(encoding='utf-8').splitlines()
+        for i, line in enumerate(lines, 1):
+            if 'image/png' not in line and MACHINE.search(line):
+                found.append(f'{file.relative_to(tree)}:{i}')
+    assert not found, f'absolute paths: {found}'
+
+
+# parameters
+
+
+def comment_lines(source):
+    "Numbers of the lines with a comment."
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0] for t in tokens if t.type == tokenize.COMMENT}
 
 
 @pytest.mark.parametrize('nb', PAPERMILL, ids=lambda p: p.stem)
-def test_parameters_cell(nb):
-    "One cell, the first with code; every parameter typed, a literal, commented, and seen by papermill --help-notebook."
-    code = [
-        c for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code'
-    ]
+def test_parameters_are_typed_and_explained(nb):
+    "One cell, the first with code; `name: type = literal or None  # text`, as papermill reads it."
+    cells = json.loads(nb.read_text(encoding='utf-8'))['cells']
+    code = [c for c in cells if c['cell_type'] == 'code']
     tagged = [c for c in code if 'parameters' in c['metadata'].get('tags', [])]
-    assert len(tagged) == 1 and tagged[0]['id'] == code[0]['id']
+    assert [c['id'] for c in tagged] == [code[0]['id']]
     source = ''.join(tagged[0]['source'])
-    comments = {
-        t.start[0]
-        for t in tokenize.generate_tokens(io.StringIO(source).readline)
-        if t.type == tokenize.COMMENT
-    }
+    comments = comment_lines(source)
     names = []
     for node in ast.parse(source).body:
-        assert isinstance(node, ast.AnnAssign), (
-            f'line {node.lineno} is not `name: type = value  # comment`'
-        )
-        assert type(ast.literal_eval(node.value)).__name__ == ast.unparse(node.annotation), (
-            f'line {node.lineno}: type and default differ'
-        )
-        assert node.end_lineno in comments, f'line {node.lineno} has no comment'
+        line = f'line {node.lineno}'
+        assert isinstance(node, ast.AnnAssign), f'{line} is not `name: type = value  # comment`'
+        value = ast.literal_eval(node.value)
+        kinds = (ast.unparse(node.annotation), 'NoneType')
+        assert type(value).__name__ in kinds, f'{line}: type and default differ'
+        assert node.end_lineno in comments, f'{line} has no comment'
         names.append(node.target.id)
     shown = papermill.inspect_notebook(nb)
-    assert list(shown) == names and all(
-        p['help'] and p['inferred_type_name'] != 'None' for p in shown.values()
-    )
+    assert list(shown) == names, 'papermill does not understand a line: no = in its comment'
+    assert all(p['help'] and p['inferred_type_name'] != 'None' for p in shown.values())
+
+
+# the wheel
 
 
 USE = """
@@ -140,172 +154,128 @@ from neuralsolver.utils import data_root, reports_root
 result = ns.sample(lambda x, t: -x, torch.ones(2, 3), ns.load_solver('sit-xl-2', steps=8))
 print(json.dumps([ns.__file__, str(data_root()), str(reports_root()), list(result.shape)]))
 """
-
-MACHINE = re.compile(r'(?<![\w.~])/(?:tmp|work|home|root|Users)/')
-TEXT = ('.ipynb', '.json', '.jsonl', '.csv', '.md', '.html')
+DATA = ('.json', '.safetensors', '.npz', '.csv', '.md')
 
 
-def test_no_committed_file_names_a_folder_of_a_machine(tree):
-    "Notebooks with their outputs, data, pages."
-    found = []
-    for file in sorted(p for p in tree.rglob('*') if p.suffix in TEXT):
-        lines = file.read_text(encoding='utf-8').splitlines()
-        wrong = [
-            i for i, line in enumerate(lines, 1) if 'image/png' not in line and MACHINE.search(line)
-        ]
-        found += [f'{file.relative_to(tree)}:{i}' for i in wrong]
-    assert not found, f'absolute paths: {found}'
+def check_installed(tree, target, work):
+    "Data files are complete, the tests' stay behind, and the package works."
+    files = [p.relative_to(tree / 'data') for p in (tree / 'data').rglob('*') if p.is_file()]
+    wanted = {f for f in files if f.suffix in DATA and f.parts[0] != 'golden'}
+    assets = target / 'neuralsolver/assets'
+    assert wanted == {p.relative_to(assets) for p in assets.rglob('*') if p.is_file()}
+    modules = {p.relative_to(tree) for p in (tree / 'neuralsolver').rglob('*.py')}
+    assert modules == {p.relative_to(target) for p in (target / 'neuralsolver').rglob('*.py')}
+    at_the_top = {p.name for p in target.iterdir() if p.suffix != '.dist-info'}
+    assert at_the_top <= {'neuralsolver', 'bin'}  # neither nbs nor data
 
-
-def test_wheel_works_outside_the_repository(tree, tmp_path):
-    source, wheels, target, work = (tmp_path / n for n in ('source', 'wheels', 'target', 'work'))
-    shutil.copytree(tree, source)
     work.mkdir()
-    (source / 'data/golden').mkdir(parents=True, exist_ok=True)
-    (source / 'data/golden/big.json').write_text('{}')  # must stay behind
-    pip = (sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q')
-    run(*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', wheels, source, cwd=work)
-    run(
-        *pip,
-        'install',
-        '--no-deps',
-        '--target',
-        target,
-        *wheels.glob('neuralsolver-*.whl'),
-        cwd=work,
-    )
-
-    wanted = {
-        p.relative_to(tree / 'data').as_posix()
-        for p in (tree / 'data').rglob('*')
-        if p.suffix in ('.json', '.safetensors', '.npz', '.csv', '.md') and 'golden' not in p.parts
-    }
-    assert wanted and wanted == {
-        p.relative_to(target / 'neuralsolver/assets').as_posix()
-        for p in (target / 'neuralsolver/assets').rglob('*')
-        if p.is_file()
-    }
-    assert {p.name for p in target.iterdir() if p.suffix != '.dist-info'} <= {
-        'neuralsolver',
-        'bin',
-    }  # neither nbs nor data at the top
-    entry_points = next(target.glob('*.dist-info/entry_points.txt')).read_text()
-    assert (
-        '[papermill.engine]\nneuralsolver = neuralsolver.tools.papermill_engine:NeuralSolverEngine'
-        in entry_points
-    )
-
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'PYTHONPATH': str(target)}
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(PYTHONPATH=str(target))
     file, data, reports, shape = json.loads(run(sys.executable, '-c', USE, cwd=work, env=env))
-    assert (
-        Path(file) == target / 'neuralsolver/__init__.py'
-        and Path(data) == target / 'neuralsolver/assets'
-    )
+    assert Path(file) == target / 'neuralsolver/__init__.py' and Path(data) == assets
     assert Path(reports) == work / 'reports' and shape == [2, 3]
 
 
 @pytest.fixture
-def readme():
-    if not (ROOT / 'README.md').exists():
-        pytest.skip('README.md is not made yet')
-    return (ROOT / 'README.md').read_text(encoding='utf-8')
+def source(tree, tmp_path):
+    "What a wheel is built from; a file that must stay behind."
+    copy = tmp_path / 'source'
+    for name in ('neuralsolver', 'data'):
+        shutil.copytree(tree / name, copy / name)
+    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(tree / name, copy)
+    (copy / 'data/golden').mkdir(parents=True, exist_ok=True)
+    (copy / 'data/golden/big.json').write_text('{}')
+    return copy
 
 
-def test_readme_is_made_from_the_index_notebook(readme, tree, tmp_path):
-    command = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['neuralsolver']['readme']
-    shutil.copytree(tree / 'nbs', tmp_path / 'nbs')
-    run(
-        'bash',
-        '-euo',
-        'pipefail',
-        '-c',
-        command,
-        cwd=tmp_path,
-        env=os.environ | {'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}'},
-    )
-    assert (tmp_path / 'README.md').read_text(encoding='utf-8') == readme, (
-        f'README.md is not nbs/index.ipynb: {command}'
-    )
+def test_wheel_has_all_files_and_works_outside_the_repository(tree, source, tmp_path):
+    "The build step of a wheel without the packing."
+    target = tmp_path / 'target'
+    run(sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', target, cwd=source)
+    check_installed(tree, target, tmp_path / 'work')
 
 
-def test_readme_commands(readme):
-    fenced = [
-        line
-        for block in re.findall(r'^```[^\n]*\n(.*?)^```', readme, re.M | re.S)
-        for line in block.splitlines()
-    ]
-    assert fenced.count(TEST) == 1 and fenced.count(RUN) == 1
+@pytest.mark.slow
+def test_wheel_is_built_and_installed(tree, source, tmp_path):
+    wheels = tmp_path / 'wheels'
+    target = tmp_path / 'target'
+    pip = (sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q')
+    no_network = ('--no-deps', '--no-build-isolation')
+    run(*pip, 'wheel', *no_network, '-w', wheels, source, cwd=tmp_path)
+    wheel = next(wheels.glob('neuralsolver-*.whl'))
+    run(*pip, 'install', '--no-deps', '--target', target, wheel, cwd=tmp_path)
+    check_installed(tree, target, tmp_path / 'work')
+    entry_points = next(target.glob('*.dist-info/entry_points.txt')).read_text()
+    engine = 'neuralsolver.tools.papermill_engine:NeuralSolverEngine'
+    assert f'[papermill.engine]\nneuralsolver = {engine}' in entry_points
 
 
-# Stand-ins for python3 and for what its virtual environment would hold: each logs its arguments.
-STUB = '#!/bin/sh\necho "$(basename "$0") $*" >> "$LOG"\n'
+# continuous integration, with stand-ins for python3 and for the tools of its environment
+
+
 CLOSING = '=== 3 passed in 1.00s ==='
+STUB = '#!/bin/sh\necho "$(basename "$0") $*" >> "$LOG"\n'
+TOOLS = dict(pip='', pytest=f'echo "{CLOSING}"', ruff='', nbdev_clean='echo noise', nbdev_export='')
+COMMANDS = [
+    'python3 nbs/tests/count_code.py',
+    'python3 -m venv .venv',
+    'pip install -q -e .[dev]',
+    'pytest ',
+    'ruff check',
+    'ruff format --check',
+    'nbdev_clean ',
+    'nbdev_export ',
+]
 
 
-@pytest.mark.parametrize(
-    'pytest_exit, export, code',
-    [(0, '', 0), (3, '', 3), (0, 'echo changed >> README.md', 1), (0, 'touch new.py', 1)],
-)
-def test_ci_runs_readmes_command_in_a_fresh_clone(tmp_path, pytest_exit, export, code):
-    repo, bin, stubs = (tmp_path / n for n in ('repo', 'bin', 'stubs'))
-    for d in (repo, bin, stubs):
-        d.mkdir()
+def executable(file, body):
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f'{STUB}{body}\n')
+    file.chmod(0o755)
+
+
+@pytest.fixture
+def repo(tmp_path):
+    "A repository with README's commands, and a developer's environment that must survive."
+    repo = tmp_path / 'repo'
     shutil.copytree(ROOT / '.ci', repo / '.ci')
     shutil.copy(ROOT / '.gitignore', repo)
     (repo / 'README.md').write_text(f'```sh\n{RUN}\n{TEST}\n```\n')
-    tails = {
-        'pip': '',
-        'pytest': f'echo "{CLOSING}"; exit {pytest_exit}',
-        'nbdev_clean': 'echo noise',
-        'nbdev_export': export,
-    }
-    for name, tail in tails.items():
-        (stubs / name).write_text(STUB + tail + '\n')
-    (bin / 'python3').write_text(STUB + f'mkdir -p .venv/bin; cp {stubs}/* .venv/bin/\n')
-    for f in (*stubs.iterdir(), bin / 'python3'):
-        f.chmod(0o755)
-    git = (
-        'git',
-        '-c',
-        'user.name=t',
-        '-c',
-        'user.email=t@example.org',
-        '-c',
-        'commit.gpgsign=false',
-        '-c',
-        'core.hooksPath=/dev/null',
-    )
-    for args in (('init', '-q'), ('add', '-A'), ('commit', '-q', '-m', 'first')):
-        run(*git, *args, cwd=repo)
-    (repo / '.venv').mkdir()  # a developer's environment, which must survive
-    env = os.environ | {
-        'PATH': f'{bin}{os.pathsep}{os.environ["PATH"]}',
-        'LOG': str(tmp_path / 'log'),
-        'TMPDIR': str(tmp_path),
-    }
+    git = 'git -c user.name=t -c user.email=t@example.org -c commit.gpgsign=false'.split()
+    git += ['-c', 'core.hooksPath=/dev/null']
+    for args in ('init -q', 'add -A', 'commit -q -m first'):
+        run(*git, *args.split(), cwd=repo)
+    (repo / '.venv').mkdir()
+    return repo
+
+
+@pytest.mark.parametrize(
+    'changes, code, commands',
+    [
+        ({}, 0, COMMANDS),
+        (dict(pytest='exit 3'), 3, COMMANDS[:4]),
+        (dict(ruff='exit 1'), 1, COMMANDS[:5]),
+        (dict(nbdev_export='echo changed >> README.md'), 1, COMMANDS),
+        (dict(nbdev_export='touch new.py'), 1, COMMANDS),
+    ],
+    ids=['green', 'tests', 'linter', 'change', 'new'],
+)
+def test_ci_runs_readmes_command_in_a_fresh_clone(repo, tmp_path, changes, code, commands):
+    for name, body in (TOOLS | changes).items():
+        executable(tmp_path / 'stubs' / name, body)
+    executable(tmp_path / 'bin/python3', f'mkdir -p .venv/bin; cp {tmp_path}/stubs/* .venv/bin/')
+    path = f'{tmp_path}/bin{os.pathsep}{os.environ["PATH"]}'
     done = subprocess.run(
         [str(repo / '.ci/run')],
         cwd=tmp_path,
-        env=env,
+        env=os.environ | dict(PATH=path, LOG=f'{tmp_path}/log', TMPDIR=str(tmp_path)),
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == code, done.stderr
-    log = (tmp_path / 'log').read_text().splitlines()
-    assert log[:4] == [
-        'python3 nbs/tests/count_code.py',
-        'python3 -m venv .venv',
-        'pip install -q -e .[dev]',
-        'pytest ',
-    ]
-    if not pytest_exit:
-        assert log[4:] == ['nbdev_clean ', 'nbdev_export ']
+    assert (tmp_path / 'log').read_text().splitlines() == commands
     if not code:
         assert done.stdout.splitlines() == [CLOSING] and done.stderr == ''
-    assert list((repo / '.venv').iterdir()) == [] and {p.name for p in tmp_path.iterdir()} == {
-        'repo',
-        'bin',
-        'stubs',
-        'log',
-    }
+    assert list((repo / '.venv').iterdir()) == []
+    assert {p.name for p in tmp_path.iterdir()} == {'repo', 'bin', 'stubs', 'log'}

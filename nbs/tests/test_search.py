@@ -10,7 +10,8 @@ from neuralsolver.tools import search_runs
 from neuralsolver.closed_form import fit_rows, gits
 from neuralsolver.neural import get_solver, NeuralSolver
 from neuralsolver.paths import LinearPath, VPPath
-from neuralsolver.tools.search_runs import GROUPS, run_search, Scorer, Search
+from neuralsolver.tools.docs import GROUPS
+from neuralsolver.tools.search_runs import run_search, Scorer, Search
 from neuralsolver.starts import FITTED_MARGIN, PUBLISHED, race_grids, start_candidates
 from neuralsolver.losses import heldout_rmse
 from neuralsolver.recipes import METHODS, Recipe
