@@ -5,20 +5,19 @@ Attributes are imported on first use, so that `import neuralsolver` is cheap; th
 __version__ = "0.1.0"
 
 import importlib
+import importlib.util
 
-_EXPORTS = {
+_EXPORTS = {  # module: its names that are reached as neuralsolver.NAME
     'paths': ['NoisePath', 'LinearPath', 'ShiftedPath', 'VPPath', 'DDPMPath'],
     'fields': ['Field', 'GaussianMixture', 'guide'],
-    'coordinates': [],
-    'solvers': ['Solver', 'sample'],
+    'solvers': ['Solver', 'sample', 'save_solver'],
     'classical': ['uniform_grid', 'euler', 'midpoint', 'heun', 'rk4', 'adams_bashforth', 'adam2', 'adam4'],
     'transfer': ['change_path'],
     'spacings': ['time_grid'],
-    'integrals': [],
     'optimized_grids': ['optimized_nodes'],
     'exponential': ['ddim', 'deis', 'ipndm', 'ipndm_v'],
     'dpm_solvers': ['dpm_solver', 'dpm_solver_pp', 'unipc'],
-    'neural': ['NeuralSolver', 'neural_solver', 'list_solvers', 'load_solver', 'save_solver', 'get_solver'],
+    'neural': ['NeuralSolver', 'neural_solver', 'list_solvers', 'load_solver', 'get_solver'],
     'teachers': ['Teacher', 'teacher_trajectories', 'teacher_error'],
     'closed_form': ['fit_rows', 'gits'],
     'solver_search': ['search'],
@@ -27,9 +26,14 @@ _EXPORTS = {
     'checkpoints': ['list_models', 'load_model'],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
-_MODULES = [*_EXPORTS, 'utils', 'store', 'kernels', 'data', 'training', 'metrics', 'inception', 'shards', 'evaluate', 'protocol', 'precision', 'sampling', 'reported', 'tables', 'curves', 'figures', 'tools']
-_OPTIONAL = ['diffusers', 'pipelines', 'zero_shot'] # modules that need the extra: pip install "neuralsolver[diffusers]"
-__all__ = [*_MODULE_OF, *_MODULES]
+_RENAMED = {  # earlier name: what it is called now
+    'Path': 'neuralsolver.NoisePath',
+    'papermill_engine': 'neuralsolver.tools.papermill_engine',
+    'search_runs': 'neuralsolver.tools.search_runs',
+    'reproduce': 'neuralsolver.tools.reproduce',
+    'docs': 'neuralsolver.tools.docs',
+}
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name):
@@ -37,10 +41,12 @@ def __getattr__(name):
         value = getattr(importlib.import_module(f'.{_MODULE_OF[name]}', __name__), name)
         globals()[name] = value
         return value
-    if name in (*_MODULES, *_OPTIONAL):
+    if name in _RENAMED:
+        raise AttributeError(f'neuralsolver.{name} is now {_RENAMED[name]}.')
+    if not name.startswith('_') and importlib.util.find_spec(f'{__name__}.{name}'):
         return importlib.import_module(f'.{name}', __name__)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__():
-    return sorted({*globals(), *__all__, *_OPTIONAL})
+    return sorted({*globals(), *__all__})

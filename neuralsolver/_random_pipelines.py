@@ -73,7 +73,7 @@ def _sana():
     flow = dict(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.0)
     return SanaPipeline(None, None, _sana_vae(), net, DPMSolverMultistepScheduler(**flow))
 
-
+# %% ../nbs/diffusers/05_random_pipelines.ipynb #5c0e11f3
 def _sana_vae():
     from diffusers import AutoencoderDC
 

@@ -60,7 +60,7 @@ def accumulate(
         square = square + (r @ r).cpu()
     return gram, moment, square
 
-
+# %% ../nbs/method/09_closed_form.ipynb #9a46cb23
 def solve_row(
     gram: Tensor, moment: Tensor, ridge: float, span: Tensor, consistent: bool
 ) -> tuple[Tensor, Tensor, Tensor]:  # w, the row of weights [q], change of the gain
@@ -182,8 +182,9 @@ def fit_rows(
         ridge=ridge,
         rmse_of_states=rmse,
     )
-    found = dict(weights=weights, gains=None if consistent else gains)
-    return replace(plain, name='least-squares', params=free, provenance=provenance, **found)
+    gains = None if consistent else gains
+    found = dict(name='least-squares', params=free, provenance=provenance)
+    return replace(plain, weights=weights, gains=gains, **found)
 
 # %% ../nbs/method/09_closed_form.ipynb #37810ae7
 @torch.no_grad()
@@ -246,7 +247,7 @@ RULES = {  # the first two in velocity or noise coordinates, the others in data 
     'unipc': unipc,
 }
 
-
+# %% ../nbs/method/09_closed_form.ipynb #834d5ed6
 def gits(
     teacher: Teacher,  # its nodes are the candidates
     steps: int,  # steps N = evaluations, 1 to L

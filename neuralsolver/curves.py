@@ -47,7 +47,28 @@ def _default_names(model: str, steps: int) -> list[str]:
 def _is_count(text: str) -> bool:
     return text.isdigit() and int(text) >= 1
 
-# %% ../nbs/measure/11_curves.ipynb #4e4f678b
+# %% ../nbs/measure/11_curves.ipynb #4fee2af5
+def _split_steps(steps: str) -> list[int]:
+    "Numbers of steps."
+    counts = split_names('steps', steps)
+    if not all(map(_is_count, counts)):
+        text = f'steps={steps!r} is not allowed: give integers >= 1, separated by commas.'
+        raise ValueError(text)
+    return [int(n) for n in counts]
+
+
+def _split_rows(rows: str) -> list[tuple[str, int]]:
+    "Names and numbers of steps."
+    pairs = []
+    for row in split_names('rows', rows):
+        name, _, n = row.rpartition(':')
+        if not name or not _is_count(n):
+            text = f'rows={rows!r} is not allowed: {row!r} is not NAME:STEPS (as adam2:15).'
+            raise ValueError(text)
+        pairs.append((name, int(n)))
+    return pairs
+
+# %% ../nbs/measure/11_curves.ipynb #2394a1d9
 def curve_rows(
     steps: str | None,  # numbers of steps of every solver, separated by commas; None = none
     solvers: str,  # names separated by commas, or 'default'
@@ -55,21 +76,12 @@ def curve_rows(
     model: str,  # as in Protocol
 ) -> dict[int, list[str]]:  # names by number of steps
     "The rows of a curve; a ValueError if there are none."
+    named = None if solvers == 'default' else split_names('solvers', solvers)
     names = {}
-    for n in split_names('steps', steps) if steps else []:
-        if not _is_count(n):
-            text = f'steps={steps!r} is not allowed: give integers >= 1, separated by commas.'
-            raise ValueError(text)
-        default = solvers == 'default'
-        names[int(n)] = (
-            _default_names(model, int(n)) if default else split_names('solvers', solvers)
-        )
-    for row in split_names('rows', rows) if rows else []:
-        name, _, n = row.rpartition(':')
-        if not name or not _is_count(n):
-            text = f'rows={rows!r} is not allowed: give NAME:STEPS, as adam2:15, not {row!r}.'
-            raise ValueError(text)
-        there = names.setdefault(int(n), [])
+    for n in _split_steps(steps) if steps else []:
+        names[n] = _default_names(model, n) if named is None else list(named)
+    for name, n in _split_rows(rows) if rows else []:
+        there = names.setdefault(n, [])
         if name not in there:
             there.append(name)
     if not any(names.values()):

@@ -24,7 +24,7 @@ from neuralsolver.recipes import Recipe
 from neuralsolver.solvers import Solver, sample
 from neuralsolver.teachers import Teacher
 
-
+# %% ../nbs/method/13_descent.ipynb #a34b2c9f
 class Wrapped:
     "A field around another one, on its path; a `PathField`."
 
@@ -96,7 +96,7 @@ def _no_cost() -> dict[str, int]:
 def _no_history() -> dict[str, list]:
     return dict(loss=[], iteration=[], evaluations=[], heldout_rmse=[])
 
-
+# %% ../nbs/method/13_descent.ipynb #35f1d164
 @dataclass
 class SearchState:
     "All that changes while a search runs, and all that is kept of it."
@@ -277,7 +277,7 @@ class Descent:
         self.state.optimizer = self.optimizer.state_dict()
         return self.state.to_dict()
 
-
+# %% ../nbs/method/13_descent.ipynb #9759fb39
 def _size(v: Tensor) -> Tensor:  # shaped to divide v
     "Root mean square of every sample."
     size = v.flatten(1).square().mean(1).sqrt().clamp(min=1e-30)

@@ -209,7 +209,7 @@ BETA_SCHEDULES = {  # diffusers' names: ours
     'squaredcos_cap_v2': 'cosine',
 }
 
-
+# %% ../nbs/diffusers/01_diffusers.ipynb #5c0b11ef
 class VPNeuralSolverScheduler(NeuralSolverScheduler):
     "Searched solvers for networks trained on a DDPM table: DiT, PixArt, Stable Diffusion."
 
@@ -265,7 +265,7 @@ def _check(self: VPNeuralSolverScheduler):
             f'continuous=True needs beta_schedule="linear", not {config.beta_schedule!r}.'
         )
 
-
+# %% ../nbs/diffusers/01_diffusers.ipynb #5c0b11f0
 @patch
 def _path(self: VPNeuralSolverScheduler) -> NoisePath:
     "The path of the network's table."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate_shards', 'evaluate', 'write_reports', 'main']
 
-# %% ../nbs/measure/05_evaluate.ipynb #acc345f2
+# %% ../nbs/measure/05_evaluate.ipynb #eecb02d9
 import argparse
 import importlib.metadata
 import math
@@ -22,17 +22,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+# %% ../nbs/measure/05_evaluate.ipynb #b387944f
 from .image_files import export_npz
 from .inception import image_metrics
-from neuralsolver.metrics import (
-    Features,
-    blocks,
-    compute_metrics,
-    frechet_distance,
-    metrics_protocol,
-    moments,
-    real_test,
-)
+from .fashion_features import Features, real_test
+from .metrics import blocks, compute_metrics, frechet_distance, metrics_protocol, moments
 from neuralsolver.protocol import (
     PROTOCOLS,
     Protocol,
@@ -75,7 +69,7 @@ def measure(
     labels = torch.arange(len(shards)) % 10
     return compute_metrics(features, labels, reference) | always
 
-# %% ../nbs/measure/05_evaluate.ipynb #2fff6839
+# %% ../nbs/measure/05_evaluate.ipynb #79c639ce
 def real_rows(p: Protocol, reference) -> list[dict]:
     "Metrics of real images, one a seed; empty when there are too few."
     if p.protocol != 'fashion':
@@ -90,7 +84,7 @@ def real_rows(p: Protocol, reference) -> list[dict]:
         for part in parts
     ]
 
-
+# %% ../nbs/measure/05_evaluate.ipynb #b46f876f
 def summary(p: Protocol, name: str, solver: Solver | None, seeds: list[dict]) -> dict:
     "One row of the table: mean and standard deviation (n - 1) over seeds, the paper's numbers."
     frame = pd.DataFrame(seeds)
@@ -111,7 +105,7 @@ def summary(p: Protocol, name: str, solver: Solver | None, seeds: list[dict]) ->
     reported = ('fid',) if p.protocol == 'fashion' else PROTOCOLS[p.protocol]
     return row | {f'reported_{m}': reported_number(p.model, name, steps, m) for m in reported}
 
-# %% ../nbs/measure/05_evaluate.ipynb #a2c46766
+# %% ../nbs/measure/05_evaluate.ipynb #e6cf474a
 def evaluate_shards(
     p: Protocol,  # whose shards are complete
     shards_dir: str | os.PathLike,  # where they are
@@ -131,7 +125,7 @@ def evaluate_shards(
         rows.append(summary(p, 'real', None, real))
     return pd.DataFrame(rows), examples
 
-
+# %% ../nbs/measure/05_evaluate.ipynb #68826261
 def evaluate(
     protocol: Protocol,  # what to evaluate
     progress: bool = True,  # tqdm progress bar
@@ -171,7 +165,7 @@ def launch(p: Protocol, shards_dir: str | os.PathLike, processes: int):
             'terminal of this notebook. What they finished is kept: run this again.'
         )
 
-# %% ../nbs/measure/05_evaluate.ipynb #f107cc06
+# %% ../nbs/measure/05_evaluate.ipynb #11425110
 def _metrics_card(p: Protocol, extractor: str, reference) -> dict:
     "How the metrics are computed."
     if p.protocol == 'fashion':
@@ -187,7 +181,7 @@ def _metrics_card(p: Protocol, extractor: str, reference) -> dict:
         resize="TF1's bilinear to 299, inside the network",
     ) | {name: importlib.metadata.version(name) for name in packages}
 
-
+# %% ../nbs/measure/05_evaluate.ipynb #2ee484aa
 def protocol_card(p: Protocol, shards_dir: str | os.PathLike) -> dict:
     "Everything that goes with the numbers, as JSON."
     identity = row_identity(p)

@@ -86,9 +86,8 @@ class GaussianMixture(nn.Module):
     def posterior(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         "Responsibility of every component [B, K] for flattened states x [B, D]; y as in `forward`."
         a, s = self.path.alpha(t), self.path.sigma(t)
-        variance = (a * self.std) ** 2 + s**2
         logits = a * (x @ self.centers.T) - a**2 / 2 * self.square_norms
-        logits = logits / variance + self.log_weights
+        logits = logits / ((a * self.std) ** 2 + s**2) + self.log_weights
         if y is not None:
             excluded = (y[:, None] != self.labels) & (y[:, None] != self.num_classes)
             logits = logits.masked_fill(excluded, -math.inf)
@@ -164,9 +163,9 @@ class Field:
         self.target = check_choice('target', prediction if target is None else target, PREDICTIONS)
         self.network_time = check_choice('network_time', network_time, NETWORK_TIMES)
         self.guidance = check_float('guidance', guidance, low=0)
-        self.guided_channels = (
-            channels if channels is None else check_int('guided_channels', channels)
-        )
+        if channels is not None:
+            check_int('guided_channels', channels)
+        self.guided_channels = channels
         self.null_label = _given_or_of(null_label, net, 'num_classes')
         self._check()
 

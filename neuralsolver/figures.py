@@ -281,7 +281,7 @@ def _has(
     "Is there a value in this column?"
     return column in rows and rows[column].notna().any()
 
-
+# %% ../nbs/measure/02_figures.ipynb #0b391e85
 def _metric_panel(
     ax,  # matplotlib axes
     rows: pd.DataFrame,  # solvers of a curve

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from .image_files import ENDINGS, FolderImages, NpzImages, center_crop, check_images
 from .image_files import export_npz, list_images
-from .metrics import MIN_SAMPLES, Moments, frechet_distance, import_torch_fidelity
+from .metrics import MIN_SAMPLES, Moments, frechet_distance
+from .fashion_features import import_torch_fidelity
 from .metrics import inception_score, moments, precision_recall
 from .store import Store
 from .utils import asset_file, check_int, sha256
@@ -243,7 +244,7 @@ def _collect(
             bar.update(len(batch))
     return sums.result()
 
-
+# %% ../nbs/measure/03_inception.ipynb #59bfc5df
 def _check_size(
     path: Path,
     images: NpzImages,
@@ -400,7 +401,7 @@ def check_reference(
         'with arr_0 or with mu and sigma, or a .safetensors made from a folder.'
     )
 
-
+# %% ../nbs/measure/03_inception.ipynb #22c6540e
 def read_reference(
     source: str | os.PathLike,  # .npz, a folder of images, or a .safetensors that a folder left
     extractor: Inception,  # the network in use

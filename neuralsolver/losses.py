@@ -76,7 +76,7 @@ def _end_squares(states: Tensor, teacher: Teacher, index: Tensor) -> Tensor:  # 
     gap = states[-1] - teacher.ends[index].to(states.device)
     return gap.flatten(1).square().mean(1)
 
-
+# %% ../nbs/method/11_losses.ipynb #36131f64
 LOSSES = {  # name: (student's states, its nodes, teacher, members, weight w) -> scalar
     'paper': _paper,
     'aligned': _aligned,
@@ -102,7 +102,7 @@ def heldout_rmse(
         total += gap.double().square().sum().item()
     return (total / end.numel()) ** 0.5
 
-
+# %% ../nbs/method/11_losses.ipynb #4fc15868
 @torch.no_grad()
 def mean_distance(
     field: Callable,  # as in `search`

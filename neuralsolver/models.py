@@ -278,18 +278,3 @@ SIZES = {  # name: depth, hidden size, heads
     'XL': dict(depth=28, hidden_size=1152, num_heads=16),
     'tiny': dict(depth=4, hidden_size=160, num_heads=5),
 }
-
-# %% ../nbs/models/01_models.ipynb #6d0e1b4f
-_MOVED = {'FlowDCN': 'flowdcn', 'DeformableAttention': 'flowdcn'}  # the others: checkpoints
-
-
-def __getattr__(name):
-    "Names that lived here before this module was split, until every caller knows."
-    import importlib
-
-    if name.startswith('_'):
-        raise AttributeError(name)
-    module = importlib.import_module(f'neuralsolver.{_MOVED.get(name, "checkpoints")}')
-    if name not in vars(module):
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return vars(module)[name]

@@ -55,7 +55,7 @@ def neural_solver(
     labels = dict(coordinates=coordinates, path=path, gains=gains) | labels
     return Solver(nodes, span[:, None] * M, **labels)
 
-
+# %% ../nbs/method/07_neural.ipynb #d6cf5ac9
 def _nodes(dt: Tensor, path: NoisePath, start: float) -> Tensor:  # [N + 1]
     "Times from noise to data; the published deltas sum to 1 up to 2e-4 only, hence the clamp."
     direction = 1 if path.t_data > path.t_noise else -1

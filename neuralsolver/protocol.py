@@ -64,7 +64,7 @@ def as_type(
             return kind(value)
     return float(value) if kind is float and isinstance(value, int) else value
 
-# %% ../nbs/measure/06_protocol.ipynb #b7a07d58
+# %% ../nbs/measure/06_protocol.ipynb #f4cb41a1
 DEFAULT_SOLVERS = {  # by the path of the model
     'linear': (
         *('euler', 'adam2', 'adam4', 'ipndm', 'heun-nfe', 'heun'),
@@ -85,7 +85,7 @@ def path_family(path: NoisePath) -> str:  # a key of DEFAULT_SOLVERS
     "'linear', or 'vp' for the paths whose solvers integrate data predictions."
     return 'linear' if path.coordinates == 'velocity' else 'vp'
 
-
+# %% ../nbs/measure/06_protocol.ipynb #7258d3a8
 def select_solvers(
     p: 'Protocol',  # with path, solvers, steps and model
 ) -> tuple[dict[str, Solver], dict[str, str]]:  # solvers by name; names left out: reason
@@ -212,7 +212,7 @@ def _check_parts(p: 'Protocol'):
     if p.reference:
         check_reference(p.reference)
 
-# %% ../nbs/measure/06_protocol.ipynb #c89b2898
+# %% ../nbs/measure/06_protocol.ipynb #0c270193
 def _check_values(p: 'Protocol'):
     "Is every value allowed?"
     for name in ('steps', 'samples', 'teacher_steps', 'batch_size', 'shard_batches'):
@@ -230,7 +230,7 @@ def _check_values(p: 'Protocol'):
     check_int('samples', p.samples, low=8 * len(p.seed_list))
     check_device(p.device)
 
-
+# %% ../nbs/measure/06_protocol.ipynb #27d8ae27
 def _filled(p: 'Protocol') -> dict[str, Any]:  # every field
     "The fields, with the profile's where none is given; text and floats in their type."
     defaults = profile_defaults(p.profile, model_architecture(p.model))

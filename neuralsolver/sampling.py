@@ -28,7 +28,7 @@ from neuralsolver.inception import (
     inception_file,
     read_reference,
 )
-from .metrics import extract, extractor_name, load_reference
+from .fashion_features import extract, extractor_name, load_reference
 from .checkpoints import VAE_FILES, Autoencoder, load_model, model_file, vae_folder
 from .precision import PRECISIONS, hardware, prepare, tf32
 from .protocol import Protocol

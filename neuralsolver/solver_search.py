@@ -110,7 +110,7 @@ def _by_gradients(task: Task, method: str, recipe: Recipe, checkpoint, progress:
     with torch.no_grad():
         return _Learned(descent.solver(state.best[2]), state, used, converged)
 
-
+# %% ../nbs/method/10_solver_search.ipynb #69d6be3d
 def _descent(task: Task, method: str, recipe: Recipe, checkpoint) -> tuple[Descent, Store | None]:
     "A search that begins, or one that resumes from its checkpoint."
     begun = time.perf_counter()
@@ -150,7 +150,7 @@ def _by_dynamic_programming(
     solver = gits(task.pool, task.steps, **given)
     return _settled(task, recipe, state, start, solver, begun)
 
-
+# %% ../nbs/method/10_solver_search.ipynb #22f19856
 def _settled(task, recipe, state: SearchState, start: Start, solver: Solver, begun: float):
     "What a closed form has found."
     state.init_name = start.label
@@ -181,7 +181,7 @@ def _check_pool(noise: Tensor, cond: Tensor | None, steps: int):
         )
     check_int('steps', steps)
 
-
+# %% ../nbs/method/10_solver_search.ipynb #0e9705c3
 def _check_teacher(teacher: Teacher, noise: Tensor, cond: Tensor | None, path: NoisePath):
     "ValueError for a teacher of another pool, another path, or other ends."
     same_noise = teacher.noise.shape == noise.shape and torch.equal(teacher.noise, noise)
@@ -251,7 +251,7 @@ def search(
         solver, state.history, state.iteration, found.converged, state.seconds, dict(state.cost)
     )
 
-
+# %% ../nbs/method/10_solver_search.ipynb #2ca5e857
 def _provenance(task: Task, method: str, found: _Learned) -> dict:
     "What a searched solver was made from."
     state, teacher = found.state, task.teacher.solver

@@ -13,21 +13,80 @@ from torch import Tensor
 from .paths import NoisePath, VPPath
 from .utils import check_choice, check_float, check_int
 
+# %% ../nbs/method/05_spacings.ipynb #df2bddbc
+def _uniform(a: float, b: float, steps: int) -> Tensor:
+    "steps + 1 numbers from a to b, float64."
+    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    return torch.lerp(a, b, torch.linspace(0, 1, steps + 1, dtype=torch.float64))
+
+
+def _time_at(path: NoisePath, left: Tensor) -> Tensor:
+    "The time from which this much is left of the way to the data."
+    return path.t_data + left if path.t_noise > path.t_data else path.t_data - left
+
+
+def _time(path: NoisePath, ends: Tensor, steps: int) -> Tensor:
+    "Uniform in t."
+    return _uniform(*ends, steps)
+
+
+def _quadratic(path: NoisePath, ends: Tensor, steps: int) -> Tensor:
+    "Uniform in the square root of what is left."
+    left = (ends - path.t_data).abs()
+    return _time_at(path, _uniform(*left.sqrt(), steps) ** 2)
+
+
+def _shifted(path: NoisePath, ends: Tensor, steps: int, shift: float) -> Tensor:
+    "Uniform in tau, where shift tau / (1 + (shift - 1) tau) is left."
+    left = (ends - path.t_data).abs()
+    tau = _uniform(*(left / (shift - (shift - 1) * left)), steps)
+    return _time_at(path, shift * tau / (1 + (shift - 1) * tau))
+
+# %% ../nbs/method/05_spacings.ipynb #04866614
+def _finite_log_snr(path: NoisePath, ends: Tensor, spacing: str) -> Tensor:
+    "The log-SNR at both ends."
+    log_snr = path.log_snr(ends)
+    if not log_snr.isfinite().all():
+        raise ValueError(
+            f'spacing={spacing!r} needs a finite signal-to-noise ratio at both ends of {path}: '
+            f'give t_start and t_end inside it.'
+        )
+    return log_snr
+
+
+def _log_snr(path: NoisePath, ends: Tensor, steps: int) -> Tensor:
+    "Uniform in the log-SNR."
+    return path.time_of_log_snr(_uniform(*_finite_log_snr(path, ends, 'log-snr'), steps))
+
+
+def _karras(path: NoisePath, ends: Tensor, steps: int, rho: float) -> Tensor:
+    "Uniform in (sigma / alpha)^(1 / rho)."
+    power = (-_finite_log_snr(path, ends, 'karras') / rho).exp()
+    return path.time_of_log_snr(-rho * _uniform(*power, steps).log())
+
+# %% ../nbs/method/05_spacings.ipynb #a740d58f
+def _ends_of(path: NoisePath) -> list[float]:
+    "Smallest and largest time of the path."
+    ends = torch.tensor(sorted((path.t_noise, path.t_data)), dtype=torch.float64)
+    return path.clamp(ends).tolist()
+
+
+def _given(steps: int, path: NoisePath, nodes: Tensor) -> Tensor:
+    "Given nodes, if they are a grid of this path."
+    nodes = torch.as_tensor(nodes, dtype=torch.float64)
+    low, high = _ends_of(path)
+    forward = (nodes.diff() * (path.t_data - path.t_noise) > 0).all()
+    fits = nodes.shape == (steps + 1,) and low <= nodes.min() and nodes.max() <= high
+    if not (fits and forward):
+        raise ValueError(
+            f'spacing must be a name or steps + 1 = {steps + 1} times from noise '
+            f'(t = {path.t_noise}) to data (t = {path.t_data}) within [{low:g}, {high:g}], '
+            f'strictly monotone; got {nodes.tolist()}.'
+        )
+    return nodes
+
 # %% ../nbs/method/05_spacings.ipynb #306d741d
 SPACINGS = ('time', 'log-snr', 'quadratic', 'karras', 'shifted')
-
-
-def _range(path: NoisePath) -> list[float]:  # smallest and largest time of the path
-    return path.clamp(
-        torch.tensor(sorted((path.t_noise, path.t_data)), dtype=torch.float64)
-    ).tolist()
-
-
-def _between(a, b, steps: int) -> Tensor:
-    return torch.lerp(
-        *(torch.as_tensor(v, dtype=torch.float64) for v in (a, b)),
-        torch.linspace(0, 1, steps + 1, dtype=torch.float64),
-    )
 
 
 def time_grid(
@@ -46,50 +105,21 @@ def time_grid(
     check_choice('spacing', spacing, SPACINGS)
     check_float('rho', rho, 1e-3)
     check_float('shift', shift, 1e-6)
-    a, b = (
-        (default if t is None else check_float(name, t, *_range(path)))
-        for name, t, default in (('t_start', t_start, path.t_noise), ('t_end', t_end, path.t_end))
-    )
+    low, high = _ends_of(path)
+    a = path.t_noise if t_start is None else check_float('t_start', t_start, low, high)
+    b = path.t_end if t_end is None else check_float('t_end', t_end, low, high)
     if (b - a) * (path.t_data - path.t_noise) <= 0:
         raise ValueError(
             f't_start={a} must be nearer to noise (t = {path.t_noise}) than t_end={b}.'
         )
     ends = torch.tensor([a, b], dtype=torch.float64)
-    left = (ends - path.t_data).abs()  # what is left of the way to the data
-    sign = 1 if path.t_noise > path.t_data else -1
-    if spacing == 'time':
-        nodes = _between(a, b, steps)
-    elif spacing == 'quadratic':
-        nodes = path.t_data + sign * _between(*left.sqrt(), steps) ** 2
-    elif spacing == 'shifted':
-        tau = _between(*(left / (shift - (shift - 1) * left)), steps)
-        nodes = path.t_data + sign * shift * tau / (1 + (shift - 1) * tau)
-    else:
-        log_snr = path.log_snr(ends)
-        if not log_snr.isfinite().all():
-            raise ValueError(
-                f'spacing={spacing!r} needs a finite signal-to-noise ratio at both ends of {path}: give t_start and t_end inside it.'
-            )
-        power = lambda v: (-v / rho).exp()  # (sigma / alpha)^(1 / rho)
-        nodes = path.time_of_log_snr(
-            _between(*log_snr, steps)
-            if spacing == 'log-snr'
-            else -rho * _between(*power(log_snr), steps).log()
-        )
+    grids = {
+        'time': lambda: _time(path, ends, steps),
+        'log-snr': lambda: _log_snr(path, ends, steps),
+        'quadratic': lambda: _quadratic(path, ends, steps),
+        'karras': lambda: _karras(path, ends, steps, rho),
+        'shifted': lambda: _shifted(path, ends, steps, shift),
+    }
+    nodes = grids[spacing]()
     nodes[0], nodes[-1] = a, b  # to the last bit
-    return nodes
-
-
-def _given(steps: int, path: NoisePath, nodes: Tensor) -> Tensor:
-    "Given nodes, if they are a grid of this path."
-    nodes = torch.as_tensor(nodes, dtype=torch.float64)
-    low, high = _range(path)
-    if nodes.shape != (steps + 1,) or not (
-        (nodes.diff() * (path.t_data - path.t_noise) > 0).all()
-        and low <= nodes.min()
-        and nodes.max() <= high
-    ):
-        raise ValueError(
-            f'spacing must be a name or steps + 1 = {steps + 1} times from noise (t = {path.t_noise}) to data (t = {path.t_data}) within [{low:g}, {high:g}], strictly monotone; got {nodes.tolist()}.'
-        )
     return nodes

@@ -49,7 +49,7 @@ def check_init(
             f'{path.t_start} to {path.t_end} is needed (t_start=..., or get_solver).'
         )
 
-
+# %% ../nbs/method/14_starts.ipynb #910db6ce
 def start_solver(
     name: str,  # of `get_solver`
     steps: int,  # evaluations N
@@ -113,7 +113,7 @@ def _least(errors: dict[str, float]) -> str:
     "Whose error is the least; one that is not finite is the largest."
     return min(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
 
-
+# %% ../nbs/method/14_starts.ipynb #efabb7b3
 def classical_start(
     field: Counted,  # counts what the trials cost
     task: Task,  # what is searched
@@ -142,7 +142,7 @@ def race_grids(
         for grid in ('time', 'quadratic')
     }
 
-
+# %% ../nbs/method/14_starts.ipynb #3d0c2a00
 def closed_form_starts(
     field: Counted,  # counts what the fits cost
     task: Task,  # what is searched
@@ -160,7 +160,7 @@ def closed_form_starts(
     }
     return {name: solver for name, solver in fitted.items() if recipe.holds(solver)}
 
-
+# %% ../nbs/method/14_starts.ipynb #7d7f82e0
 def race(
     field: Counted,  # counts what judging costs
     task: Task,  # what is searched
@@ -216,7 +216,7 @@ def find_start(
     more = closed_form_starts(field, task, recipe, race_grids(task.steps, task.path))
     return race(field, task, recipe, {known.name: known.solver} | fitted | more)
 
-
+# %% ../nbs/method/14_starts.ipynb #74665ac2
 def check_start(
     init: Solver | None,  # as in `search`
     recipe: Method,  # of the method

@@ -43,28 +43,25 @@ def identity_digest(
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../nbs/tools/00_store.ipynb #acfab895
-def _equal(known: Any, wanted: Any, tolerance: float) -> bool:
+def _equal(a: Any, b: Any, tolerance: float) -> bool:
     "Are two JSON values the same?"
-    kind = type(known)
-    if kind is not type(wanted):
-        return known == wanted
+    kind = type(a)
+    if kind is not type(b):
+        return a == b
     if kind is dict:
-        keys = known.keys()
-        return keys == wanted.keys() and all(_equal(known[k], wanted[k], tolerance) for k in keys)
+        return a.keys() == b.keys() and all(_equal(a[k], b[k], tolerance) for k in a)
     if kind is list:
-        pairs = zip(known, wanted)
-        return len(known) == len(wanted) and all(_equal(a, b, tolerance) for a, b in pairs)
+        return len(a) == len(b) and all(_equal(x, y, tolerance) for x, y in zip(a, b))
     if kind is float:
-        return abs(known - wanted) <= tolerance * max(abs(known), abs(wanted))
+        return abs(a - b) <= tolerance * max(abs(a), abs(b))
     if kind is str:
         renamed = renamed_digests()
-        return renamed.get(known, known) == renamed.get(wanted, wanted)
-    return known == wanted
+        return renamed.get(a, a) == renamed.get(b, b)
+    return a == b
 
 # %% ../nbs/tools/00_store.ipynb #90149a68
 def _differences(known: dict, wanted: dict, measured: Sequence[str]) -> Iterator[str]:
     for key in wanted | known:
-        tolerance = MEASURED_TOLERANCE if key in measured else 0.0
         a, b = known.get(key), wanted.get(key)
         if key not in known:
             yield f'{key}: missing'
@@ -72,7 +69,7 @@ def _differences(known: dict, wanted: dict, measured: Sequence[str]) -> Iterator
             yield f'{key}: not expected'
         elif isinstance(a, dict) and isinstance(b, dict):
             yield from (f'{key}.{said}' for said in _differences(a, b, measured))
-        elif not _equal(a, b, tolerance):
+        elif not _equal(a, b, MEASURED_TOLERANCE if key in measured else 0.0):
             long = max(len(repr(a)), len(repr(b))) > 40
             yield f'{key}: another' if long else f'{key}: {a!r} instead of {b!r}'
 

@@ -36,7 +36,7 @@ def teacher_solver(
         return euler(steps)
     return ddim(steps, path, t_start=path.t_start)
 
-
+# %% ../nbs/method/08_teachers.ipynb #1f5a0d96
 @dataclass(frozen=True, eq=False)
 class Teacher:
     "Trajectories of a many-step solver from a pool of noise samples."
@@ -132,7 +132,7 @@ class _Kept:
         self.done += len(x)
         self.seconds += seconds
 
-
+# %% ../nbs/method/08_teachers.ipynb #562ffa5d
 class _KeptInFolder(_Kept):
     "Trajectories in states.npy; the card counts those that are finished."
 
@@ -212,7 +212,7 @@ def teacher_trajectories(
             _integrate(field, noise, cond, solver, kept, batch_size, progress)
     return Teacher(noise, cond, solver, kept.states.transpose(0, 1), kept.seconds)
 
-
+# %% ../nbs/method/08_teachers.ipynb #42620a7f
 def _integrate(field, noise, cond, solver, kept, batch_size, progress):
     "Add the trajectories that are missing, a batch at a time."
     bar = tqdm(
@@ -320,7 +320,7 @@ def at(
     y = y0 + theta * (d0 + theta * (3 * dy - 2 * d0 - d1 + theta * (d0 + d1 - 2 * dy)))
     return y * wide(form.scale(path, t))
 
-
+# %% ../nbs/method/08_teachers.ipynb #4de444af
 @patch
 def _interval(self: Teacher, t: Tensor) -> Tensor:  # k of the interval from node k to k + 1 [K]
     "Where times lie; ValueError outside the teacher's range, by more than 1e-9 of it."

@@ -5,64 +5,67 @@
 # %% auto #0
 __all__ = ['change_path']
 
-# %% ../nbs/method/04c_transfer.ipynb #ced57f26
+# %% ../nbs/method/04c_transfer.ipynb #7aaff1be
 from dataclasses import replace
 import torch
+from torch import Tensor
 from .coordinates import COORDINATES
 from .paths import NoisePath
 from .solvers import Solver
+
+# %% ../nbs/method/04c_transfer.ipynb #e7e3c15c
+def _moved_nodes(solver: Solver, path: NoisePath) -> tuple[Tensor, Tensor]:
+    "The solver's nodes within its own path, and the nodes of equal log-SNR on another."
+    ends = sorted((solver.path.t_noise, solver.path.t_data))
+    own = solver.nodes.clamp(*ends)  # published time deltas sum to 1 up to rounding
+    reach = path.log_snr(torch.tensor([path.t_noise, path.t_end], dtype=torch.float64))
+    nodes = path.time_of_log_snr(solver.path.log_snr(own).clamp(*reach))
+    forward = nodes.diff() * (path.t_data - path.t_noise) > 0
+    if not (forward | (solver.nodes.diff() == 0)).all():
+        raise ValueError(
+            f'{solver.name} has several nodes beyond the ends of {path}: '
+            f'give a path that reaches further.'
+        )
+    return own, nodes
+
+# %% ../nbs/method/04c_transfer.ipynb #c7f8cd71
+def _moved_weights(solver: Solver, path: NoisePath, nodes: Tensor, coordinates: str) -> Tensor:
+    "Rows scaled to their spans on another path."
+    form = COORDINATES[coordinates]
+    still = solver.nodes.diff() == 0  # stages at one time: only the unit changes
+    unit = form.scale(path, nodes) / form.scale(solver.path, solver.nodes)
+    new = form.span(path, nodes[:-1], nodes[1:])
+    old = form.span(solver.path, solver.nodes[:-1], solver.nodes[1:])
+    factor = torch.where(still, unit[1:], new / torch.where(still, 1, old))
+    return solver.weights * factor[:, None]
+
+
+def _size(path: NoisePath, t: Tensor) -> Tensor:
+    "Of a state with unit data and noise: finite and not 0 where alpha or sigma is 0."
+    return torch.hypot(path.alpha(t), path.sigma(t))
 
 # %% ../nbs/method/04c_transfer.ipynb #f2847168
 def change_path(
     solver: Solver,  # data, noise or flow coordinates; or velocity on the linear path
     path: NoisePath,  # the path to express it on
 ) -> Solver:  # the same method there; velocity becomes flow, and flow on the linear path velocity
-    "Re-express a solver on another path at equal log-SNR; nodes beyond the ends of the new path are moved to its ends."
+    "Re-express a solver on another path at equal log-SNR; nodes beyond its ends move to them."
     if path == solver.path:
         return solver
-    coordinates = (
-        'flow'
-        if solver.coordinates == 'velocity' and solver.path.coordinates == 'velocity'
-        else solver.coordinates
-    )
+    coordinates = solver.coordinates
     if coordinates == 'velocity':
-        raise ValueError(
-            f'velocity on {solver.path} depends on its clock and has no meaning on {path}: use a solver in data, noise or flow coordinates.'
-        )
-    own = solver.nodes.clamp(
-        *sorted((solver.path.t_noise, solver.path.t_data))
-    )  # published time deltas sum to 1 up to rounding
-    nodes = solver.path.log_snr(own)
-    ends = path.log_snr(torch.tensor([path.t_noise, path.t_end], dtype=torch.float64))
-    nodes = path.time_of_log_snr(nodes.clamp(*ends))
-    forward = nodes.diff() * (path.t_data - path.t_noise) > 0
-    if not (forward | (solver.nodes.diff() == 0)).all():
-        raise ValueError(
-            f'{solver.name} has several nodes beyond the ends of {path}: give a path that reaches further.'
-        )
-    target = 'velocity' if path.coordinates == 'velocity' and coordinates == 'flow' else coordinates
-    if (
-        not solver.consistent
-    ):  # only the unit changes; by alpha and sigma together, as one of them may be 0 at an end
-        size = lambda p, n: torch.hypot(p.alpha(n), p.sigma(n))
-        unit = size(path, nodes) / size(solver.path, own)
-        return replace(
-            solver,
-            nodes=nodes,
-            weights=solver.weights * unit[1:, None],
-            gains=solver.gains * unit[1:] / unit[:-1],
-            coordinates=target,
-            path=path,
-        )
-    form, still = (
-        COORDINATES[coordinates],
-        solver.nodes.diff() == 0,
-    )  # stages at one time: their rows sum to 0, and only the unit changes
-    new, old = (
-        form.span(p, n[:-1], n[1:]) for p, n in ((path, nodes), (solver.path, solver.nodes))
-    )
-    unit = form.scale(path, nodes) / form.scale(solver.path, solver.nodes)
-    weights = (
-        solver.weights * torch.where(still, unit[1:], new / torch.where(still, 1, old))[:, None]
-    )
-    return replace(solver, nodes=nodes, weights=weights, coordinates=target, path=path)
+        if solver.path.coordinates != 'velocity':
+            raise ValueError(
+                f'velocity on {solver.path} depends on its clock and has no meaning on {path}: '
+                f'use a solver in data, noise or flow coordinates.'
+            )
+        coordinates = 'flow'
+    own, nodes = _moved_nodes(solver, path)
+    to_velocity = coordinates == 'flow' and path.coordinates == 'velocity'
+    there = dict(nodes=nodes, path=path, coordinates='velocity' if to_velocity else coordinates)
+    if solver.consistent:
+        weights = _moved_weights(solver, path, nodes, coordinates)
+        return replace(solver, weights=weights, **there)
+    unit = _size(path, nodes) / _size(solver.path, own)
+    gains = solver.gains * unit[1:] / unit[:-1]
+    return replace(solver, weights=solver.weights * unit[1:, None], gains=gains, **there)

@@ -47,7 +47,7 @@ def replay(field, teacher, solver):
 
 @pytest.mark.parametrize('path', PATHS, ids=str)
 def test_rows_solve_the_constrained_problem(path):
-    "Lagrange multipliers: min |D w - r|^2 with sum w = span, as one KKT system, from the student's own states."
+    "Lagrange multipliers: min |D w - r|^2 with sum w = span as one KKT system."
     field, teacher = problem(path)
     solver = fit_rows(field, teacher, student_nodes(teacher, 4), ridge=0)
     for k, (x, q) in enumerate(replay(field, teacher, solver)):
@@ -85,7 +85,7 @@ def test_free_rows_solve_the_unconstrained_problem(path):
 
 @pytest.mark.parametrize('consistent', [True, False])
 def test_no_other_row_is_better(consistent):
-    "Any change of the last row makes the end points worse on the trajectories of the fit; the ridge never makes them better."
+    "Any change of the last row makes the end points worse on the trajectories of the fit."
     field, teacher = problem()
     nodes = student_nodes(teacher, 3)
 
@@ -118,7 +118,7 @@ def test_ridge_draws_towards_euler():
 
 
 def test_nearly_collinear_columns_stay_tame():
-    "Two columns that differ in the ninth digit: the plain solution is thousands, the ridge's of the order of one."
+    "Rows that differ in the ninth digit: the plain solution is thousands, the ridge's below one."
     g = torch.Generator().manual_seed(0)
     a, noise, r = torch.randn(3, 500, generator=g, dtype=torch.float64)
     D = torch.stack([a, a + 1e-9 * noise])
@@ -157,7 +157,7 @@ def test_result_does_not_depend_on_batches_and_calls_are_counted(path):
 
 
 def test_index_and_order():
-    "Chosen members are the same as a teacher of those members; rows keep to their order; params are the free numbers."
+    "Chosen members equal a teacher of those members; params are the free numbers."
     field, teacher = problem()
     nodes = student_nodes(teacher, 5)
     chosen = torch.tensor([3, 30, 7, 11])
@@ -179,7 +179,7 @@ def test_index_and_order():
 
 
 def test_conditions_and_single_precision():
-    "Labels reach the field with their trajectory; float32 trajectories give the float64 solver to a few digits, and do not touch the noise."
+    "Labels reach the field with their trajectory; float32 gives a few digits of float64."
     g = torch.Generator().manual_seed(1)
     centers = torch.randn(6, 1, 2, 2, generator=g, dtype=torch.float64)
     labels = torch.arange(6) % 3
@@ -208,7 +208,7 @@ def test_conditions_and_single_precision():
 
 
 def test_known_solver_is_recovered():
-    "The teacher is a solver: its nodes and its order give its weights back, in data coordinates too."
+    "The nodes and the order of a teacher give its weights back, in data coordinates too."
     field, _ = problem()
     g = torch.Generator().manual_seed(2)
     noise = torch.randn(60, 2, generator=g, dtype=torch.float64)
@@ -247,7 +247,7 @@ def test_weight_moves_nodes():
 
 @pytest.mark.parametrize('path', PATHS, ids=str)
 def test_gits(path):
-    "All steps give the teacher's nodes; Euler on all of them is the teacher; more steps never cost more."
+    "All steps give the teacher's nodes, Euler on them the teacher; more steps cost less."
     field, teacher = problem(path)
     calls = []
     field.register_forward_hook(lambda *_: calls.append(1))
@@ -275,7 +275,7 @@ def test_gits(path):
 
 
 def test_euler_on_chosen_nodes_beats_uniform_time_where_the_path_bends_late():
-    "A field without x: errors add up unchanged, the cost is the error, and the best nodes are dense where the velocity changes."
+    "A field without x: errors add up unchanged, so the cost is the error."
 
     def field(x, t):
         return torch.zeros_like(x) + torch.exp(6 * (t - 1))

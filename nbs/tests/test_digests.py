@@ -88,5 +88,8 @@ def test_solvers_of_one_digest_are_one_sampler_in_float32():
     solver = load_solver('sit-xl-2', 8)
     near = replace(solver, nodes=solver.nodes * (1 + 1e-15), gains=torch.ones(8))
     noise = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
-    field = lambda x, t: (1 - t) * x  # noqa: E731
+
+    def field(x, t):
+        return (1 - t) * x
+
     torch.testing.assert_close(sample(field, noise, solver), sample(field, noise, near))

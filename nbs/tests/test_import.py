@@ -1,6 +1,8 @@
 "`import neuralsolver` brings in what it needs and nothing else."
 
-import json, subprocess, sys
+import json
+import subprocess
+import sys
 import pytest
 import neuralsolver
 
@@ -18,14 +20,16 @@ def test_what_a_fresh_process_imports():
     bare, core, kinds = fresh("""
 import json, sys
 import neuralsolver as ns
-heavy = ('torch', 'torchvision', 'torch_fidelity', 'matplotlib', 'pandas', 'seaborn', 'sympy', 'scipy', 'papermill', 'nbdev', 'diffusers', 'transformers')
+heavy = '''torch torchvision torch_fidelity matplotlib pandas seaborn sympy scipy papermill nbdev
+    diffusers transformers'''.split()
 loaded = lambda: [m for m in heavy if m in sys.modules]
 bare = loaded()
 ns.sample, ns.search, ns.load_model, ns.Field, ns.NeuralSolver
 ns.load_model('sit-tiny'); ns.load_solver('sit-xl-2', 8)
 core = loaded()
 import neuralsolver.solver_search
-kinds = [type(ns.search).__name__, ns.search is neuralsolver.solver_search.search, type(ns.solver_search).__name__]
+same = ns.search is neuralsolver.solver_search.search
+kinds = [type(ns.search).__name__, same, type(ns.solver_search).__name__]
 print(json.dumps([bare, core, kinds]))""")
     assert bare == []
     assert core == ['torch']
@@ -62,6 +66,12 @@ def test_the_modules_for_diffusers_resolve():
 
     assert neuralsolver.diffusers.FlowNeuralSolverScheduler.__module__ == 'neuralsolver.diffusers'
     assert {'diffusers', 'pipelines', 'zero_shot'} <= set(dir(neuralsolver))
+
+
+@pytest.mark.parametrize('name, now', neuralsolver._RENAMED.items())
+def test_refusal_of_a_renamed_name_says_the_new_one(name, now):
+    with pytest.raises(AttributeError, match=f'neuralsolver.{name} is now {now}'):
+        getattr(neuralsolver, name)
 
 
 def test_no_name_is_listed_twice_and_an_unknown_one_is_an_attribute_error():

@@ -19,7 +19,8 @@ from neuralsolver import inception as module
 from neuralsolver.image_files import NpzImages, center_crop, export_npz
 from neuralsolver.inception import ImageReference, Inception, adm_reference_file, image_metrics
 from neuralsolver.inception import inception_file, read_reference
-from neuralsolver.metrics import Moments, import_torch_fidelity, moments
+from neuralsolver.metrics import Moments, moments
+from neuralsolver.fashion_features import import_torch_fidelity
 from neuralsolver.store import read_card
 
 

@@ -6,27 +6,28 @@ import json, os, subprocess, sys
 import numpy as np, pytest, torch
 from safetensors.torch import load_file, save_file
 from neuralsolver.data import fashion_mnist, to_float
-from neuralsolver.metrics import (
+from neuralsolver.fashion_features import (
     Features,
     Reference,
-    compute_metrics,
     extract,
     extractor_name,
+    import_torch_fidelity,
+    load_classifier,
+    load_reference,
+    read_card,
+    real_test,
+    register_extractor,
+)
+from neuralsolver.metrics import (
+    Moments,
+    compute_metrics,
     frechet_distance,
-    import_torch_fidelity,
-    import_torch_fidelity,
     inception_score,
     inside_share,
     kernel_distance,
-    load_classifier,
-    load_reference,
     manifold_radii,
-    Moments,
-    precision_recall,
-    read_card,
     moments,
-    real_test,
-    register_extractor,
+    precision_recall,
 )
 from neuralsolver.utils import data_file, data_root
 
@@ -497,7 +498,7 @@ def test_refusals(images):
         compute_metrics(Features(*(v[:7] for v in real)))
     with pytest.raises(ValueError, match='not finite'):
         compute_metrics(real._replace(features=real.features * float('nan')))
-    with pytest.raises(ValueError, match='one each'):
+    with pytest.raises(ValueError, match='one of each'):
         compute_metrics(real, labels[:19])
     with pytest.raises(ValueError, match='uint8'):
         extract(images.float())

@@ -62,7 +62,7 @@ def test_linear_tables_by_a_naive_loop(name, n, rounded):
 
 @pytest.mark.parametrize('name, n', VP)
 def test_vp_tables_by_a_naive_loop(name, n):
-    "Eq. 19, one update a step: t from 0.999 down, clamped at 1e-3, beta from 0.1 to 20, prediction of the data."
+    "Eq. 19, one update a step: t from 0.999 down to 1e-3, beta 0.1 to 20, data prediction."
     field, x = problem()
     result = sample(field, x, load_solver(name, n))
     t, v = 0.999, []
@@ -85,7 +85,7 @@ def test_vp_tables_by_a_naive_loop(name, n):
 
 @pytest.mark.parametrize('n, zeros, entries', [(5, 5, 10), (6, 7, 15)])
 def test_two_step_tail(n, zeros, entries):
-    "The last two rows use two evaluations: in every published table and in the search space, at the same places."
+    "The last two rows use two evaluations, in the published tables and the search space alike."
     lower = torch.tril_indices(n, n, -1)
     assert lower.shape[1] == entries
     module = NeuralSolver(n)
@@ -100,7 +100,7 @@ def test_two_step_tail(n, zeros, entries):
 
 @pytest.mark.parametrize('name, n', ALL)
 def test_time_deltas_are_rounded_softmax_values(name, n):
-    "The recovered values sum to 1, round to the printed ones, and their logits lie on Lion's grid (steps of 0.01, one parity: 0.02)."
+    "Recovered values sum to 1, round to the printed ones; logits lie on Lion's grid of 0.02."
     printed, found = table(name, n)['timedeltas'], table(name, n)['timedeltas_unrounded']
     assert abs(math.fsum(found) - 1) < 1e-7 * n
     assert [round(d, 4) for d in found] == printed
@@ -166,7 +166,7 @@ def randomised(*args, seed=0, **kwargs):
 @pytest.mark.parametrize('family', ['scaled', 'non-stationary'])
 @pytest.mark.parametrize('coordinates', ['velocity', 'data', 'noise'])
 def test_the_larger_families_by_a_naive_loop(family, coordinates):
-    "x_{i+1} = (1 + g) c'/c x + (1 + d) span sum M q, written out for every prediction, VP schedule from its formula."
+    "x_{i+1} = (1 + g) c'/c x + (1 + d) span sum M q, VP schedule from its formula."
     field, x = problem()
     module = randomised(5, False, family=family)
     where = (
@@ -202,35 +202,52 @@ def test_the_larger_families_by_a_naive_loop(family, coordinates):
     assert not solver.consistent and solver.params == dict(scaled=20).get(family, 25)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('order', [None, 2])
-def test_only_what_is_free_moves(family, order):
-    "One step of gradient descent on a loss that depends on everything."
+def one_descent_step(family, order):
+    "From adam2, on a loss that depends on everything: the module, and the names that moved."
     field, noise = problem()
     module = NeuralSolver(7, init=adam2(7), family=family, order=order)
     before = {k: v.clone() for k, v in module.state_dict().items()}
     optimiser = torch.optim.SGD(module.parameters(), 0.1)
     sample(field, noise, module()).square().mean().backward()
     optimiser.step()
-    moved = tuple(k for k, v in module.state_dict().items() if not torch.equal(v, before[k]))
-    assert moved == FAMILIES[family] and set(before) == {'r', 'c', *moved}
+    after = module.state_dict()
+    assert set(before) == {'r', 'c', *FAMILIES[family]}
+    return module, tuple(k for k in after if not torch.equal(after[k], before[k]))
+
+
+def in_every_family(test):
+    test = pytest.mark.parametrize('order', [None, 2])(test)
+    return pytest.mark.parametrize('family', FAMILIES)(test)
+
+
+def shares(solver):
+    return solver.weights / solver.weights.sum(1, keepdim=True)
+
+
+@in_every_family
+def test_only_what_is_free_moves(family, order):
+    module, moved = one_descent_step(family, order)
+    assert moved == FAMILIES[family]
     old, new = adam2(7), module()
-    M_old, M_new = (s.weights / s.weights.sum(1, keepdim=True) for s in (old, new))
     if 'r' not in moved:
         torch.testing.assert_close(new.nodes, old.nodes, rtol=0, atol=1e-14)
     if 'c' not in moved:
-        torch.testing.assert_close(M_new, M_old, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(shares(new), shares(old), rtol=1e-12, atol=1e-12)
     if 'd' not in moved:
         torch.testing.assert_close(new.weights.sum(1), new.nodes.diff(), rtol=0, atol=1e-12)
     if 'g' not in moved:
         assert torch.equal(new.gain, torch.ones(7, dtype=F64))
+
+
+@in_every_family
+def test_a_state_dict_keeps_the_solver(family, order):
+    module, _ = one_descent_step(family, order)
     other = NeuralSolver(7, False, family=family, order=order)
-    other.load_state_dict(module.state_dict())
-    assert other().digest == new.digest
-    called = torch.func.functional_call(
-        other, {k: v.clone() for k, v in module.state_dict().items()}, (), dict(name='called')
-    )
-    assert (called.digest, called.name) == (new.digest, 'called')
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    called = torch.func.functional_call(other, state, (), dict(name='called'))
+    assert (called.digest, called.name) == (module().digest, 'called')
+    other.load_state_dict(state)
+    assert other().digest == module().digest
 
 
 def test_numbers_of_the_families():
@@ -322,7 +339,7 @@ def test_errors_of_the_families(call, words):
 
 
 def test_the_error_bound_counts_the_gains():
-    "x_1 = -2 x_0 + 3 q_0, x_2 = .5 x_1 - q_0 + q_1: an error eta gives .5 * 3 + 1 + 1, or sharply |1.5 - 1| + 1."
+    "x_1 = -2 x_0 + 3 q_0, x_2 = .5 x_1 - q_0 + q_1: .5 * 3 + 1 + 1, or sharply |1.5 - 1| + 1."
     assert error_bound(Solver([0, 0.5, 1], [[3, 0], [-1, 1]], gains=[-2, 0.5])) == (
         3.5,
         1.5,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import neuralsolver as ns
 from neuralsolver.data import to_uint8
-from neuralsolver.metrics import import_torch_fidelity
+from neuralsolver.fashion_features import import_torch_fidelity
 from neuralsolver.models import SiT
 from neuralsolver.checkpoints import load_weights, save_model
 from neuralsolver.protocol import Protocol

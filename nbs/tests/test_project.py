@@ -157,8 +157,8 @@ print(json.dumps([ns.__file__, str(data_root()), str(reports_root()), list(resul
 DATA = ('.json', '.safetensors', '.npz', '.csv', '.md')
 
 
-def check_installed(tree, target, work):
-    "Data files are complete, the tests' stay behind, and the package works."
+def check_files(tree, target):
+    "Modules and data files are complete; those of the tests stay behind."
     files = [p.relative_to(tree / 'data') for p in (tree / 'data').rglob('*') if p.is_file()]
     wanted = {f for f in files if f.suffix in DATA and f.parts[0] != 'golden'}
     assets = target / 'neuralsolver/assets'
@@ -168,10 +168,14 @@ def check_installed(tree, target, work):
     at_the_top = {p.name for p in target.iterdir() if p.suffix != '.dist-info'}
     assert at_the_top <= {'neuralsolver', 'bin'}  # neither nbs nor data
 
+
+def check_used(target, work):
+    "The installed package works in another folder."
     work.mkdir()
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(PYTHONPATH=str(target))
     file, data, reports, shape = json.loads(run(sys.executable, '-c', USE, cwd=work, env=env))
-    assert Path(file) == target / 'neuralsolver/__init__.py' and Path(data) == assets
+    assert Path(file) == target / 'neuralsolver/__init__.py'
+    assert Path(data) == target / 'neuralsolver/assets'
     assert Path(reports) == work / 'reports' and shape == [2, 3]
 
 
@@ -192,7 +196,8 @@ def test_wheel_has_all_files_and_works_outside_the_repository(tree, source, tmp_
     "The build step of a wheel without the packing."
     target = tmp_path / 'target'
     run(sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', target, cwd=source)
-    check_installed(tree, target, tmp_path / 'work')
+    check_files(tree, target)
+    check_used(target, tmp_path / 'work')
 
 
 @pytest.mark.slow
@@ -204,7 +209,8 @@ def test_wheel_is_built_and_installed(tree, source, tmp_path):
     run(*pip, 'wheel', *no_network, '-w', wheels, source, cwd=tmp_path)
     wheel = next(wheels.glob('neuralsolver-*.whl'))
     run(*pip, 'install', '--no-deps', '--target', target, wheel, cwd=tmp_path)
-    check_installed(tree, target, tmp_path / 'work')
+    check_files(tree, target)
+    check_used(target, tmp_path / 'work')
     entry_points = next(target.glob('*.dist-info/entry_points.txt')).read_text()
     engine = 'neuralsolver.tools.papermill_engine:NeuralSolverEngine'
     assert f'[papermill.engine]\nneuralsolver = {engine}' in entry_points

@@ -1,52 +1,39 @@
-"search.ipynb and benchmark.ipynb as a user runs them, with small parameters."
+"""The notebooks of searches and of the benchmark as a user runs them, with small parameters."""
 
-import json, os, shlex, subprocess, sys
+import json
+import shlex
+import shutil
 from pathlib import Path
-import matplotlib.pyplot, pandas as pd, pytest, torch
-from neuralsolver.neural import load_solver
-from neuralsolver.solver_search import _Run
+
+import matplotlib.pyplot
+import pandas as pd
+import pytest
+import torch
+
 from neuralsolver.classical import adam2, euler
+from neuralsolver.neural import load_solver
+from neuralsolver.store import read_card
+from neuralsolver.tools import search_runs
 from neuralsolver.tools.search_runs import read_records, write_records
 
 NBS = Path(__file__).resolve().parent.parent
 SMALL = dict(
     model='fashion-mixture',
     steps=3,
-    options='iterations=6, batch_size=4, eval_every=2, race=0',
+    options='iterations=6, batch_size=4, eval_every=2, race=0, start=ab2',
     teacher_steps=10,
     samples=12,
     heldout=4,
 )
-
-
-def papermill(notebook, output, **parameters):
-    options = [word for key, value in parameters.items() for word in ('-p', key, str(value))]
-    command = [
-        sys.executable,
-        '-m',
-        'papermill',
-        NBS / f'{notebook}.ipynb',
-        output / f'{notebook}.ipynb',
-        '--log-level',
-        'ERROR',
-        *options,
-    ]
-    return subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        env=os.environ | {'OMP_NUM_THREADS': '1'},
-    )
+NAME = 'fashion-mixture-3_ours_s0'
 
 
 def in_process(notebook, **parameters):
-    "Run the code cells here, the parameters set after their cell as papermill does: papermill itself is slow to start."
-    nb, space = (
-        json.loads((NBS / f'{notebook}.ipynb').read_text(encoding='utf-8')),
-        {'__name__': '__main__'},
-    )
+    "Run the code cells here, the parameters set after their cell as papermill does."
+    cells = json.loads((NBS / f'{notebook}.ipynb').read_text(encoding='utf-8'))['cells']
+    space = {'__name__': '__main__'}
     with matplotlib.rc_context({'backend': 'agg'}):
-        for cell in nb['cells']:
+        for cell in cells:
             if cell['cell_type'] != 'code':
                 continue
             exec(''.join(cell['source']), space)
@@ -55,359 +42,303 @@ def in_process(notebook, **parameters):
         matplotlib.pyplot.close('all')
 
 
-def record(folder, name='fashion-mixture-3_ours_s0'):
-    return json.loads((folder / 'search' / f'{name}.json').read_text())
+def run(folder, **changes):
+    in_process('search', **SMALL | dict(reports_dir=str(folder)) | changes)
+    return folder / 'search'
 
 
-def same(a, b):
-    return all(a[k] == b[k] for k in ('digest', 'history', 'cost', 'iterations'))
+def record(folder, name=NAME):
+    return json.loads((folder / f'{name}.json').read_text())
 
 
-class Killed(Exception):
+class Interrupted(Exception):
     pass
 
 
-def count_steps(monkeypatch, last=None):
-    "The iterations that are done, and a death before iteration `last` + 1."
-    step, done = _Run.step, []
+def watch(monkeypatch, last=None):
+    "Calls of the network with a gradient, `last` at most."
+    load, calls = search_runs.load_model, []
 
-    def counted(self):
-        if self.iteration == last:
-            raise Killed
-        done.append(self.iteration)
-        step(self)
+    def hook(module, inputs):
+        if torch.is_grad_enabled():
+            if len(calls) == last:
+                raise Interrupted
+            calls.append(len(inputs[0]))
 
-    monkeypatch.setattr(_Run, 'step', counted)
-    return done
+    def watched(*args):
+        net = load(*args)
+        net.register_forward_pre_hook(hook)
+        return net
+
+    monkeypatch.setattr(search_runs, 'load_model', watched)
+    return calls
 
 
-def test_search_writes_its_files_and_finds_them_again(tmp_path, monkeypatch):
-    "By papermill; a second run computes nothing, a run with other settings is refused before it computes anything."
-    run = papermill('search', tmp_path, reports_dir=tmp_path, **SMALL)
-    assert run.returncode == 0, run.stderr[-2000:]
-    out, name = tmp_path / 'search', 'fashion-mixture-3_ours_s0'
-    found = record(tmp_path)
-    assert {p.name for p in out.iterdir()} == {
-        f'{name}.json',
-        f'{name}_solver.json',
-        f'{name}_history.csv',
-        f'{name}.png',
-        'teachers',
-    }  # no checkpoint and no temporary file stays behind
-    history = pd.read_csv(out / f'{name}_history.csv', index_col=0)
-    assert (
-        history['loss'].count() == 6
-        and history.index.tolist() == [*range(7)]
-        and history['heldout_rmse'].dropna().index.tolist() == [0, 2, 4, 6]
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "A folder with the files of one run."
+    return run(tmp_path_factory.mktemp('search'))
+
+
+@pytest.fixture
+def nothing_computes(monkeypatch):
+    monkeypatch.setattr(search_runs, 'load_model', None)  # not callable
+
+
+def test_search_writes_its_files(finished):
+    names = {f'{NAME}.json', f'{NAME}_solver.json', f'{NAME}_history.csv', f'{NAME}.png'}
+    assert {p.name for p in finished.iterdir()} == names | {'teachers'}  # no checkpoint stays
+    assert (finished / f'{NAME}.png').stat().st_size > 1000
+    history, cost = (
+        pd.read_csv(finished / f'{NAME}_history.csv', index_col=0),
+        record(finished)['cost'],
     )
+    assert history['loss'].count() == 6 and history.index.tolist() == [*range(7)]
+    assert history['heldout_rmse'].dropna().index.tolist() == [0, 2, 4, 6]
     spent = history['evaluations'].dropna().astype(int)
-    cost = found['cost']
-    assert (
-        spent.iloc[-1] == sum(v for k, v in cost.items() if k != 'backward')
-        and spent.diff().dropna().tolist() == [2 * 4 * 3 + 4 * 3] * 3
-    )  # two batches of 4, 4 held-out noises, 3 steps
-    assert (cost['teacher'], cost['forward'], cost['backward'], cost['heldout']) == (
-        16 * 10,
-        6 * 4 * 3,
-        6 * 4 * 3,
-        4 * 4 * 3,
-    ) and cost['start'] > 0
-    solver = load_solver(out / f'{name}_solver.json', 3)
-    p = solver.provenance
-    assert (
-        solver.nfe,
-        solver.params,
-        solver.digest,
-        p['searched_on'],
-        p['iterations'],
-        p['method'],
-    ) == (3, 6, found['digest'], 'fashion-mixture', 6, 'ours')
-    assert (
-        p['teacher'],
-        p['unique_samples'],
-        p['heldout_samples'],
-        p['seed'],
-        p['batch_size'],
-        p['heldout_rmse'],
-    ) == ('euler-10', 12, 4, 0, 4, min(found['history']['heldout_rmse']))
-    assert (out / f'{name}.png').stat().st_size > 1000
+    assert spent.iloc[-1] == sum(v for k, v in cost.items() if k != 'backward')
+    # two batches of 4, 4 held-out samples, 3 steps
+    assert spent.diff().dropna().tolist() == [2 * 4 * 3 + 4 * 3] * 3
+    student = 6 * 4 * 3
+    counted = dict(teacher=16 * 10, forward=student, backward=student, heldout=4 * 4 * 3, start=12)
+    assert cost == counted  # the start is given: 12 of the identity
 
-    words = shlex.split(p['command'])
-    given = {
-        words[i + 1]: words[i + 2] for i, w in enumerate(words) if w == '-p'
-    }  # the command says what was given, and gives it again
-    assert words[:2] == ['papermill', 'nbs/search.ipynb'] and given == dict(
-        model='fashion-mixture',
-        steps='3',
+
+def test_the_solver_says_what_made_it(finished):
+    found, solver = record(finished), load_solver(finished / f'{NAME}_solver.json', 3)
+    assert (solver.nfe, solver.params, solver.digest) == (3, 6, found['digest'])
+    expected = dict(
+        searched_on='fashion-mixture',
+        iterations=6,
         method='ours',
-        samples='12',
-        heldout='4',
-        guidance='1.0',
-        teacher_steps='10',
-        seed='0',
-        options=SMALL['options'],
-        device='cpu',
+        teacher='euler-10',
+        unique_samples=12,
+        heldout_samples=4,
+        seed=0,
+        batch_size=4,
+        heldout_rmse=min(found['history']['heldout_rmse']),
     )
+    assert expected.items() <= solver.provenance.items()
+    words = shlex.split(solver.provenance['command'])
+    given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == '-p'}
+    assert words[:2] == ['papermill', 'nbs/search.ipynb']
+    usual = dict(method='ours', guidance='1.0', seed='0', device='cpu')
+    assert given == usual | {key: str(value) for key, value in SMALL.items()}
 
-    text, done = (out / f'{name}.json').read_bytes(), count_steps(monkeypatch)
-    monkeypatch.setattr(
-        'neuralsolver.tools.search_runs.load_model', None
-    )  # not callable: nothing is computed
-    (out / f'{name}_history.csv').unlink()
-    in_process('search', reports_dir=str(tmp_path), **SMALL)
-    assert (
-        pd.read_csv(out / f'{name}_history.csv', index_col=0).equals(history)
-        and (out / f'{name}.json').read_bytes() == text
-        and not done
-    )
-    for change, differ in (
-        (dict(options=SMALL['options'] + ', lr=.01'), 'recipe'),
-        (dict(samples=13), 'samples'),
-        (dict(guidance=2.0), 'guidance'),
-        (dict(method='paper', label='ours'), 'method, recipe'),
-        (dict(steps='2,3', heldout=5), 'heldout'),
-    ):
-        with pytest.raises(ValueError, match=rf'belongs to another search \({differ} differ\)'):
-            in_process('search', reports_dir=str(tmp_path), **SMALL | change)
-    assert (out / f'{name}.json').read_bytes() == text and not done
+
+def test_a_finished_search_is_found_again(finished, nothing_computes):
+    history, text = finished / f'{NAME}_history.csv', (finished / f'{NAME}.json').read_bytes()
+    before = history.read_bytes()
+    history.unlink()
+    run(finished.parent)
+    assert history.read_bytes() == before and (finished / f'{NAME}.json').read_bytes() == text
 
 
 @pytest.mark.parametrize(
-    'method, options', [('ours', SMALL['options']), ('paper', SMALL['options'] + ', patience=None')]
+    'change, differ',
+    [
+        (dict(options=SMALL['options'] + ', lr=.01'), 'recipe.lr'),
+        (dict(samples=13), 'samples'),
+        (dict(method='paper', label='ours'), 'method'),
+        (dict(steps='2,3', heldout=5), 'heldout'),
+    ],
 )
-def test_a_killed_search_goes_on_to_the_same_result(tmp_path, monkeypatch, method, options):
-    settings, name = (
-        SMALL | dict(method=method, options=options, label='try', teacher_steps=11),
-        'fashion-mixture-3_try_s0',
-    )
-    in_process('search', reports_dir=str(tmp_path / 'whole'), **settings)
+def test_refusal_of_another_search_under_its_name(finished, nothing_computes, change, differ):
+    before = (finished / f'{NAME}.json').read_bytes()
+    with pytest.raises(ValueError, match=f'another search .*{differ}: '):
+        run(finished.parent, **change)
+    assert (finished / f'{NAME}.json').read_bytes() == before
+
+
+def test_resume_to_the_same_result(tmp_path, monkeypatch, finished):
+    "Interrupted in the sixth iteration; the teacher is not integrated again."
     with monkeypatch.context() as m:
-        count_steps(m, last=5)
-        with pytest.raises(Killed):
-            in_process('search', reports_dir=str(tmp_path / 'killed'), **settings)
-    out = tmp_path / 'killed/search'
-    checkpoint = out / f'{name}.ckpt'
-    assert {p.name for p in out.iterdir()} == {f'{name}.ckpt', 'teachers'} and torch.load(
-        checkpoint, weights_only=True
-    )['iteration'] == 4
+        watch(m, last=5 * 3)
+        with pytest.raises(Interrupted):
+            run(tmp_path)
+    out = tmp_path / 'search'
+    assert {p.name for p in out.iterdir()} == {f'{NAME}.ckpt', 'teachers'}
+    assert read_card(out / f'{NAME}.ckpt')[1]['iteration'] == 4
     states = next(out.glob('teachers/*/states.npy'))
     made = states.stat().st_mtime_ns
-    with pytest.raises(ValueError, match='other settings'):
-        in_process(
-            'search',
-            reports_dir=str(tmp_path / 'killed'),
-            **settings | dict(options=options + ', lr=.001'),
-        )
-    done = count_steps(monkeypatch)
-    in_process('search', reports_dir=str(tmp_path / 'killed'), **settings)
-    assert done == [4, 5] and states.stat().st_mtime_ns == made and not checkpoint.exists()
-    assert same(record(tmp_path / 'killed', name), record(tmp_path / 'whole', name))
+    with pytest.raises(ValueError, match='another search .*recipe.lr'):
+        run(tmp_path, options=SMALL['options'] + ', lr=.001')
+    calls = watch(monkeypatch)
+    run(tmp_path)
+    assert len(calls) == 2 * 3 and states.stat().st_mtime_ns == made
+    assert not (out / f'{NAME}.ckpt').exists()
+    resumed, whole = record(out), record(finished)
+    assert all(resumed[k] == whole[k] for k in ('digest', 'history', 'cost', 'iterations'))
 
 
 def test_a_search_may_start_from_a_classical_solver(tmp_path):
-    in_process(
-        'search',
-        reports_dir=str(tmp_path),
-        **SMALL
-        | dict(
-            method='paper', options='start=adam2, iterations=1, batch_size=4', label='from-adam2'
-        ),
-    )
-    found = load_solver(tmp_path / 'search' / 'fashion-mixture-3_from-adam2_s0_solver.json')
-    start = adam2(3)
-    assert (
-        found.provenance['init'] == f'adam2 ({start.digest})'
-        and "-p options 'start=adam2, iterations=1, batch_size=4' -p label from-adam2"
-        in found.provenance['command']
-    )
-    assert (
-        found.weights - start.weights
-    ).abs().max() < 0.05  # one step of Lion away at most, not at Euler
+    options = 'start=adam2, iterations=1, batch_size=4'
+    out = run(tmp_path, method='paper', options=options, label='from-adam2')
+    found = load_solver(out / 'fashion-mixture-3_from-adam2_s0_solver.json')
+    start, made = adam2(3), found.provenance
+    assert made['init'] == f'adam2 ({start.digest})'
+    assert f"-p options '{options}' -p label from-adam2" in made['command']
+    # one step of Lion away at most, not at Euler
+    assert (found.weights - start.weights).abs().max() < 0.05
     assert (found.weights - euler(3).weights).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
-    'method', ['dynamic-programming', 'least-squares', 'non-stationary']
-)  # no losses, no losses, losses below 0
-def test_every_kind_of_history_is_drawn(tmp_path, method):
-    in_process(
-        'search',
-        reports_dir=str(tmp_path),
-        **SMALL
-        | dict(
-            method=method,
-            steps='3,2',
-            options=SMALL['options'] if method == 'non-stationary' else 'order=2',
-        ),
-    )
+    'method, options, losses',
+    [('least-squares', 'order=2', 0), ('non-stationary', SMALL['options'], 6)],
+)
+def test_histories_without_losses_or_with_negative_ones_are_drawn(
+    tmp_path, method, options, losses
+):
+    out = run(tmp_path, method=method, steps='3,2', options=options)
     for n in (3, 2):
         name = f'fashion-mixture-{n}_{method}_s0'
-        history = pd.read_csv(tmp_path / f'search/{name}_history.csv', index_col=0)
-        assert (history['loss'].count(), history['heldout_rmse'].count()) == (
-            (6, 4) if method == 'non-stationary' else (0, 1)
-        )
-        assert (tmp_path / f'search/{name}.png').stat().st_size > 1000 and load_solver(
-            tmp_path / f'search/{name}_solver.json'
-        ).nfe == n
-    assert len(list(tmp_path.glob('search/teachers/*'))) == 1  # of both step counts
-
-
-def test_a_bad_value_ends_papermill_with_an_error(tmp_path):
-    run = papermill('search', tmp_path, reports_dir=tmp_path, **SMALL | {'steps': 0})
-    assert (
-        run.returncode != 0
-        and 'ValueError: steps=0 is not allowed: give integers >= 1' in run.stderr
-    )
-    assert not (tmp_path / 'search').exists()
+        history = pd.read_csv(out / f'{name}_history.csv', index_col=0)
+        assert history['loss'].count() == losses
+        assert history['heldout_rmse'].count() == (4 if losses else 1)
+        assert (out / f'{name}.png').stat().st_size > 1000
+        assert load_solver(out / f'{name}_solver.json').nfe == n
+    assert len(list(out.glob('teachers/*'))) == 1  # of both step counts
 
 
 @pytest.mark.parametrize(
     'change, message',
     [
-        (dict(steps=2.5), 'steps=2.5 is not allowed: give integers >= 1'),
-        (dict(steps='8,8'), 'distinct'),
+        (dict(steps=0), 'steps=0 is not allowed: give distinct integers >= 1'),
+        (dict(steps=2.5), 'steps=2.5 is not allowed'),
         (dict(steps='8,08'), 'distinct'),
         (dict(steps='8;9'), 'steps=.8;9. is not allowed'),
         (dict(model='sit-xxl'), "model='sit-xxl' is not known. Allowed: fashion-mixture"),
-        (dict(options='iterations=0'), 'iterations=0'),
         (dict(method='adam'), "method='adam' is not known. Allowed: ours, paper"),
         (dict(options='iterations'), 'give setting=value'),
         (dict(options='step=3'), "setting of method 'ours'='step' is not known"),
-        (dict(method='least-squares', options='lr=.1'), "setting of method 'least-squares'"),
         (dict(label='a/b'), "label='a/b' is not allowed"),
         (dict(device='gpu'), "device='gpu'"),
         (dict(options='start=unipc-2'), "solver='unipc-2' is not known. Allowed: euler"),
-        (dict(options='start=heun'), 'one a step'),
-        (dict(options='start=ab3, order=2'), 'uses more than 2 evaluations'),
-        (dict(method='least-squares', options='start=heun'), 'one a step'),
         (dict(options='batch_size=41'), 'batch_size=41'),
-        (dict(options='', samples=31), 'batch_size=32'),
+        (dict(options=None, samples=31), 'batch_size=32'),
         (dict(seed=-1), 'seed=-1'),
-        (dict(heldout=0), 'heldout=0'),
-        (dict(samples=0), 'samples=0'),
-        (dict(teacher_steps=0), 'teacher_steps=0'),
         (dict(steps='3,12'), 'teacher_steps=10'),
-        (dict(guidance=-1.0), 'guidance=-1.0'),
-        (dict(options='lr=-.01'), 'lr=-0.01'),
     ],
 )
-def test_search_refuses_bad_values_before_it_writes(tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(
-        'neuralsolver.tools.search_runs.load_model', None
-    )  # not callable: nothing is computed
+def test_refusal_before_anything_is_written(tmp_path, nothing_computes, change, message):
     with pytest.raises(ValueError, match=message):
-        in_process('search', reports_dir=str(tmp_path), **SMALL | dict(samples=40) | change)
+        run(tmp_path, **dict(samples=40) | change)
     assert not (tmp_path / 'search').exists()
 
 
 def test_benchmark_writes_its_files(tmp_path):
-    small = dict(
-        model='fashion-mixture',
-        steps=2,
-        batch_size=4,
-        repeats=3,
-        solvers='euler,rk4',
-        imports=1,
-        latents='1,4,8,8',
-        samples=8,
-    )
+    small = dict(model='fashion-mixture', steps=2, batch_size=4, repeats=3, solvers='euler,rk4')
+    small |= dict(imports=1, latents='1,4,8,8', samples=8)
     in_process('studies/benchmark', reports_dir=str(tmp_path), **small)
-    times, protocol = (
-        pd.read_csv(tmp_path / 'benchmark.csv'),
-        json.loads((tmp_path / 'benchmark.json').read_text()),
-    )
-    assert times.groupby('group')['variant'].nunique().to_dict() == {
-        'sample': 4,
-        'guidance': 2,
-        'import': 3,
-        'evaluation': 2,
-        'flow scheduler': 4,
-        'VP scheduler': 4,
-    }
+    times = pd.read_csv(tmp_path / 'benchmark.csv')
+    protocol = json.loads((tmp_path / 'benchmark.json').read_text())
+    variants = times.groupby('group')['variant'].nunique().to_dict()
+    schedulers = {'flow scheduler': 4, 'VP scheduler': 4}
+    assert variants == {'sample': 4, 'guidance': 2, 'import': 3, 'evaluation': 2} | schedulers
     assert len(times) == 3 * (4 + 2 + 4 + 4) + 3 * 2 + 3 and (times['seconds'] > 0).all()
-    whole = times[times['group'] == 'evaluation'].pivot(
-        index='repeat', columns='variant', values='seconds'
-    )
-    assert (whole['network'] < whole['all']).all()
+    parts = times[times['group'] == 'evaluation']
+    parts = parts.pivot(index='repeat', columns='variant', values='seconds')
+    assert (parts['network'] < parts['all']).all()
     assert times[times['variant'] == 'rk4']['evaluations'].unique().tolist() == [8]
     assert protocol['nfe'] == {'euler': 2, 'rk4': 8} and protocol['hardware']
     assert protocol['versions']['torch'] == torch.__version__
     assert (tmp_path / 'benchmark.png').stat().st_size > 1000
-    bad = (
+    for change, message in (
         (dict(solvers='dit-xl-2', steps=8), 'belongs to VPPath'),
         (dict(repeats=2), 'repeats=2'),
         (dict(guidance=1), 'guidance=1'),
         (dict(latents='8x8'), 'latents='),
         (dict(samples=4), 'samples=4'),
-    )
-    for change, message in bad:
+    ):
         with pytest.raises(ValueError, match=message):
             in_process('studies/benchmark', reports_dir=str(tmp_path / 'bad'), **change)
     assert not (tmp_path / 'bad').exists()
 
 
-def test_search_study_runs_and_is_found_again(tmp_path):
-    "A tiny study; what has a file is not run again, and a missing one is left out or made, as asked."
-    tiny = dict(
-        models='fashion-mixture',
-        mixture_steps='4',
-        mixture_seeds='0',
-        paper_samples=40,
-        paper_iterations=4,
-        scale=0.02,
-        mixture_test_samples=16,
-        test_samples=16,
-        reports_dir=str(tmp_path),
-    )
-    in_process('studies/search_study', **tiny)
-    out = tmp_path / 'search_study'
-    first = {p.name: p.read_bytes() for p in out.glob('*.csv')}
-    table = pd.read_csv(out / 'table.csv')
+# The study
+def test_the_study_makes_the_committed_numbers_from_the_committed_records(tmp_path):
+    reports, folder = NBS.parent / 'reports/search_study', tmp_path / 'search_study'
+    folder.mkdir()
+    for name in ('runs.jsonl', 'scores.jsonl'):
+        shutil.copy(reports / name, folder)
+    settings = dict(models='fashion-mixture', mixture_steps='8', missing='skip')
+    in_process('studies/search_study', **settings, reports_dir=str(tmp_path))
+    for name in ('methods', 'cheaper', 'limits', 'ablation'):
+        made, committed = (pd.read_csv(f / f'{name}.csv') for f in (folder, reports))
+        if 'model' in committed:
+            there = set(zip(made.model, made.steps))
+            here = [key in there for key in zip(committed.model, committed.steps)]
+            committed = committed[here].reset_index(drop=True)
+        columns = [column for column in committed if column in made]
+        order = [c for c in ('model', 'steps', 'label', 'what', 'value') if c in columns]
+        made, committed = (
+            t[columns].sort_values(order, ignore_index=True) for t in (made, committed)
+        )
+        pd.testing.assert_frame_equal(made, committed)
+    for name in ('runs.jsonl', 'scores.jsonl'):
+        assert (folder / name).read_bytes() == (reports / name).read_bytes()
+
+
+TINY = dict(
+    models='fashion-mixture',
+    mixture_steps='4',
+    mixture_seeds='0',
+    paper_samples=40,
+    paper_iterations=4,
+    scale=0.02,
+    mixture_test_samples=16,
+    test_samples=16,
+)
+
+
+@pytest.fixture(scope='module')
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('study')
+    in_process('studies/search_study', **TINY, reports_dir=str(folder))
+    return folder / 'search_study'
+
+
+@pytest.mark.slow
+def test_the_study_compares_what_it_says(study):
+    table = pd.read_csv(study / 'table.csv')
     runs = table[table.label.isin(['paper', 'ours', 'ours-short'])].set_index(['steps', 'label'])
-    assert {(4, 'paper'), (4, 'ours'), (4, 'ours-short'), (2, 'ours'), (3, 'ours')} == set(
-        runs.index
-    ) and {'euler', 'ab2', 'teacher', 'least-squares', 'dynamic-programming'} <= set(table.label)
-    assert (
-        table[table.label == 'teacher'].rmse.item() < 1e-5
-        and (table[table.label != 'teacher'].rmse > 0.01).all()
-    )
+    expected = {(4, 'paper'), (4, 'ours'), (4, 'ours-short'), (2, 'ours'), (3, 'ours')}
+    assert set(runs.index) == expected
+    known = {'euler', 'ab2', 'teacher', 'least-squares', 'dynamic-programming'}
+    assert known <= set(table.label)
+    assert table[table.label == 'teacher'].rmse.item() < 1e-5
+    assert (table[table.label != 'teacher'].rmse > 0.01).all()
     row = runs.loc[(4, 'paper')]
-    assert (row.calls_teacher, row.calls_forward, row.work) == (
-        296 * 100,
-        4 * 32 * 4,
-        row.calls + 2 * row.calls_backward,
-    )
-    cheaper = pd.read_csv(out / 'cheaper.csv').iloc[0]
+    assert (row.calls_teacher, row.calls_forward) == (296 * 100, 4 * 32 * 4)
+    assert row.work == row.calls + 2 * row.calls_backward
+    cheaper = pd.read_csv(study / 'cheaper.csv').iloc[0]
     assert cheaper.ours_ratio == pytest.approx(runs.rmse[4, 'ours'] / row.rmse, rel=1e-4)
-    assert cheaper.ours_calls == pytest.approx(
-        runs.calls[4, 'ours'] / (40 * 100 + row.calls_forward), rel=1e-4
-    )  # held-out evaluations counted for ours only
-    dropped, table_file = out / 'runs' / 'fashion-mixture-3_ours_s0.json', out / 'runs.jsonl'
-    kept, records = dropped.read_bytes(), read_records(table_file)
-    assert records[dropped.stem] == json.loads(kept)
-    assert len(records) == len(list((out / 'runs').glob('*.json')))
-    dropped.unlink()
-    del records[dropped.stem]
-    write_records(table_file, records)
-    in_process('studies/search_study', **tiny, missing='skip')
-    assert not dropped.exists() and json.loads((out / 'study.json').read_text())['left_out'] == [
-        'fashion-mixture-3_ours_s0'
-    ]
-    in_process('studies/search_study', **tiny)
-    again = {p.name: p.read_bytes() for p in out.glob('*.csv')}
-    same = lambda text: [
-        {k: v for k, v in r.items() if k != 'seconds'}
-        for r in pd.read_csv(text).astype(str).to_dict('records')
-    ]
-    assert (
-        json.loads(dropped.read_text())['digest'] == json.loads(kept)['digest']
-        and same(out / 'table.csv')
-        == [
-            {k: v for k, v in r.items() if k != 'seconds'}
-            for r in table.astype(str).to_dict('records')
-        ]
-        and first.keys() == again.keys()
-    )
+    # held-out evaluations are counted for ours only
+    paid = 40 * 100 + row.calls_forward
+    assert cheaper.ours_calls == pytest.approx(runs.calls[4, 'ours'] / paid, rel=1e-4)
+    records = read_records(study / 'runs.jsonl')
+    assert len(records) == len(list((study / 'runs').glob('*.json')))
+
+
+def untimed(text):
+    return pd.read_csv(text).drop(columns='seconds').astype(str).to_dict('records')
+
+
+@pytest.mark.slow
+def test_a_missing_run_of_the_study_is_left_out_or_made_as_asked(study):
+    lost, kept = study / 'runs/fashion-mixture-3_ours_s0.json', study / 'runs.jsonl'
+    before, digest = untimed(study / 'table.csv'), json.loads(lost.read_text())['digest']
+    records = read_records(kept)
+    assert records.pop(lost.stem) == json.loads(lost.read_text())
+    lost.unlink()
+    write_records(kept, records)
+    in_process('studies/search_study', **TINY, reports_dir=str(study.parent), missing='skip')
+    left_out = json.loads((study / 'study.json').read_text())['left_out']
+    assert left_out == [lost.stem] and not lost.exists()
+    in_process('studies/search_study', **TINY, reports_dir=str(study.parent))
+    assert json.loads(lost.read_text())['digest'] == digest
+    assert untimed(study / 'table.csv') == before
 
 
 @pytest.mark.parametrize(
@@ -421,7 +352,7 @@ def test_search_study_runs_and_is_found_again(tmp_path):
         (dict(scale=0), 'scale=0'),
     ],
 )
-def test_bad_values_of_the_study_are_refused_before_any_run(tmp_path, change, message):
+def test_refusal_by_the_study_before_any_run(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         in_process('studies/search_study', reports_dir=str(tmp_path), **change)
     assert not (tmp_path / 'search_study').exists()

@@ -1,32 +1,31 @@
-"solver_figures.ipynb as a user runs it, with small parameters; its numbers against others' formulas."
+"""solver_figures.ipynb with small parameters; its numbers against others' formulas.
 
-import json, os, re, subprocess, sys
+All data are computed once and two of the ten figures are drawn; `-m slow` draws all.
+"""
+
+import contextlib
+import io
+import json
 from pathlib import Path
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
 import neuralsolver as ns
 from neuralsolver.fields import Field
 from neuralsolver.checkpoints import load_model
-from neuralsolver.paths import LinearPath, VPPath
+from neuralsolver.paths import VPPath
 from neuralsolver.utils import data_file, indexed_noise, sha256
 
-NBS = Path(__file__).resolve().parent.parent
-NAMES = (
-    'method',
-    *(
-        f'figure_1_{p}'
-        for p in (
-            'published',
-            'ours',
-            'ours_other',
-            'classical',
-            'comparison_linear',
-            'comparison_vp',
-        )
-    ),
-    'time_steps',
-    'trajectory_error',
-    'sample_grid',
-)
+NOTEBOOK = Path(__file__).resolve().parent.parent / 'studies/solver_figures.ipynb'
+PAGES = ('published', 'ours', 'ours_other', 'classical', 'comparison_linear', 'comparison_vp')
+NAMES = ['method', *(f'figure_1_{page}' for page in PAGES)]
+NAMES += ['time_steps', 'trajectory_error', 'sample_grid']
+DRAWN = ['time_steps', 'trajectory_error']
 SMALL = dict(
     steps='5',
     error_models='sit-tiny,dit-tiny',
@@ -39,69 +38,79 @@ SMALL = dict(
     compare_steps=6,
     iterations=10,
 )
-EQ20, EQ21 = (
-    np.array([-1.96, 3.51, -0.97, 0.43, 0]),
-    np.array([-2.73, 6.30, -4.744, 2.17, 0]),
-)  # arXiv 2505.21114
+# arXiv 2505.21114, highest power first
+EQ20 = np.array([-1.96, 3.51, -0.97, 0.43, 0])
+EQ21 = np.array([-2.73, 6.30, -4.744, 2.17, 0])
+
+
+def run_cells(until=None, **parameters):
+    "The code cells in this process, up to those with a tag, as papermill would run them."
+    space = {'__name__': '__main__'}
+    seen = False
+    for cell in json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']:
+        tags = cell['metadata'].get('tags', [])
+        if seen and until not in tags:
+            return
+        seen = until in tags
+        if cell['cell_type'] == 'code':
+            exec(''.join(cell['source']), space)
+            if 'parameters' in tags:
+                space |= parameters
+
+
+def run(out, **parameters):
+    with contextlib.redirect_stdout(io.StringIO()), matplotlib.rc_context():
+        run_cells(reports_dir=str(out), **SMALL | parameters)
+    plt.close('all')
+    return out / 'solver_figures'
 
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
-    out = tmp_path_factory.mktemp('figures')
-    options = [w for k, v in (SMALL | dict(reports_dir=out)).items() for w in ('-p', k, str(v))]
-    command = [
-        sys.executable,
-        '-m',
-        'papermill',
-        NBS / 'studies/solver_figures.ipynb',
-        out / 'out.ipynb',
-        '--log-level',
-        'ERROR',
-        *options,
-    ]
-    done = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        env=os.environ | {'OMP_NUM_THREADS': '1'},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out / 'solver_figures'
+    return run(tmp_path_factory.mktemp('figures'), drawn=','.join(DRAWN))
 
 
 def published():
     return json.loads(data_file('published_solvers.json').read_text())
 
 
-def test_files_fit_a_page_and_carry_their_protocol(made):
+def check_layout(folder, name):
+    card = json.loads((folder / f'{name}.json').read_text())
+    layout = card['layout']
+    assert layout['overlapping_texts'] == []
+    assert layout['smallest_font_pt'] >= 6
+    assert layout['width_cm'] <= 17 and layout['height_cm'] <= 25
+    picture = folder / f'{name}.png'
+    width = plt.imread(picture).shape[1] / 150 * 2.54  # of the file itself
+    assert 15 < width <= 17 and width == pytest.approx(layout['width_cm'], abs=0.2)
+    assert picture.stat().st_size < 6e5 and all((folder / d).exists() for d in card['data'])
+    assert card['versions']['torch'] == torch.__version__ and card['caption']
+
+
+@pytest.mark.parametrize('name', DRAWN)
+def test_figures_fit_a_page(made, name):
+    check_layout(made, name)
+
+
+@pytest.mark.slow
+def test_all_figures_fit_a_page(tmp_path):
+    folder = run(tmp_path)
     for name in NAMES:
-        card = json.loads((made / f'{name}.json').read_text())
-        layout = card['layout']
-        assert (
-            layout['overlapping_texts'] == []
-            and layout['smallest_font_pt'] >= 6
-            and layout['width_cm'] <= 17
-            and layout['height_cm'] <= 25
-        ), (name, layout)
-        width = plt.imread(made / f'{name}.png').shape[1] / 150 * 2.54
-        assert 15 < width <= 17 and width == pytest.approx(
-            layout['width_cm'], abs=0.2
-        )  # the file itself
-        assert (made / f'{name}.png').stat().st_size < 6e5 and all(
-            (made / d).exists() for d in card['data']
-        )
-        assert card['versions']['torch'] == torch.__version__ and card['caption']
+        check_layout(folder, name)
+    page = (folder.parent / 'solver_figures.md').read_text()
+    assert all(f'](solver_figures/{name}.png)' in page for name in NAMES)
+
+
+def test_cards_carry_the_protocol(made):
     card = json.loads((made / 'trajectory_error.json').read_text())['protocol']
-    assert card['models'] == [
-        dict(name=m, weights_sha256=sha256(data_file(f'{m}.safetensors')))
-        for m in ('sit-tiny', 'dit-tiny')
-    ] and card['seeds'] == [0, 1, 2]
-    assert {(s['name'], s['steps'], s['digest']) for s in card['solvers']} >= {
-        ('sit-tiny', 5, ns.load_solver('sit-tiny', 5).digest),
-        ('adam4', 5, ns.adam4(5).digest),
-    }
+    files = [(m, data_file(f'{m}.safetensors')) for m in ('sit-tiny', 'dit-tiny')]
+    assert card['models'] == [dict(name=m, weights_sha256=sha256(f)) for m, f in files]
+    assert card['seeds'] == [0, 1, 2]
+    used = {(s['name'], s['steps'], s['digest']) for s in card['solvers']}
+    for name, s in (('sit-tiny', ns.load_solver('sit-tiny', 5)), ('adam4', ns.adam4(5))):
+        assert (name, 5, s.digest) in used
     page = (made.parent / 'solver_figures.md').read_text()
-    assert all(f'](solver_figures/{n}.png)' in page for n in NAMES) and '-4.744' in page
+    assert all(f'](solver_figures/{name}.png)' in page for name in DRAWN) and '-4.744' in page
 
 
 def test_every_table_is_drawn_in_the_units_of_the_paper(made):
@@ -265,19 +274,8 @@ def test_samples_are_the_pictures_of_their_errors(made):
         ('noises', 0),
     ],
 )
-def test_bad_parameters_are_refused_before_anything_is_written(name, value, tmp_path):
-    cells, space = (
-        [
-            c
-            for c in json.loads((NBS / 'studies/solver_figures.ipynb').read_text(encoding='utf-8'))[
-                'cells'
-            ]
-            if c['cell_type'] == 'code'
-        ][:2],
-        {},
-    )
-    exec(''.join(cells[0]['source']), space)
-    space.update({name: value, 'reports_dir': str(tmp_path / 'reports')})
+def test_refusal_of_bad_parameters_before_anything_is_written(name, value, tmp_path):
+    parameters = {name: value, 'reports_dir': str(tmp_path / 'reports')}
     with pytest.raises(ValueError, match=name.removeprefix('error_').rstrip('s')):
-        exec(''.join(cells[1]['source']), space)
+        run_cells('checks', **parameters)
     assert not (tmp_path / 'reports').exists()

@@ -213,7 +213,7 @@ def test_refusal_of_a_diverging_training(garments):
 # the notebook and the committed models
 
 
-def test_notebook_in_two_runs_makes_the_weights_of_the_function(tmp_path, small_dataset):  # noqa: F811
+def test_notebook_in_two_runs_makes_the_same_weights(tmp_path, small_dataset):  # noqa: F811
     settings = dict(samples=192, batch_size=32, lr=0.002, warmup=2, ema_decay=0.9, seed=3)
     named = dict(model='toy', patch_size=14, label_dropout=0.2)
     common = settings | named | dict(threads=1, root=small_dataset, out_dir=tmp_path)

@@ -53,6 +53,27 @@ def navigation(
 COPIED = 2**21  # bytes; larger files are linked in the repository
 
 
+def place_of(file: str) -> str:
+    "Path of a page in the folder."
+    return 'index.ipynb' if file == 'nbs/index.ipynb' else file
+
+
+def find_file(
+    root: Path,  # the repository
+    page: str,  # path of a page in the repository
+    target: str,  # of a link of the page
+) -> str | None:  # None = nothing is there
+    "The path in the repository that a link names; of a folder, its index."
+    file = os.path.normpath(os.path.join(os.path.dirname(page), target))
+    if file.startswith('..') or not (root / file).exists():
+        return None
+    for index in ('index.md', 'README.md'):
+        if (root / file / index).exists():
+            file = f'{file}/{index}'
+            break
+    return 'nbs/index.ipynb' if file == 'README.md' else file
+
+# %% ../../nbs/tools/05_docs.ipynb #45b76f77
 @dataclass
 class Stage:
     "Copies pages, and the files they name, from the repository to a folder for Sphinx."
@@ -63,27 +84,12 @@ class Stage:
     branch: str  # that links into the repository name
     pages: list[str] = field(default_factory=list)  # paths in the repository, in order
 
-    def where(self, file: str) -> str:
-        "Path of a page below `out`."
-        return 'index.ipynb' if file == 'nbs/index.ipynb' else file
-
-    def find(self, target: str, page: str) -> str | None:
-        "The path in the repository that a link of a page names; None if there is none."
-        file = os.path.normpath(os.path.join(os.path.dirname(page), target))
-        if file.startswith('..') or not (self.root / file).exists():
-            return None
-        for index in ('index.md', 'README.md'):
-            if (self.root / file / index).exists():
-                file = f'{file}/{index}'
-                break
-        return 'nbs/index.ipynb' if file == 'README.md' else file
-
     def place(self, file: str, raw: bool) -> str | None:
         "Queue a page or copy a file; its path below `out`, None if it stays in the repository."
         if file.endswith('.md') and file not in self.pages:
             self.pages.append(file)
         if file in self.pages:
-            name = Path(self.where(file))
+            name = Path(place_of(file))
             return str(name.with_suffix('.html') if raw else name)
         source = self.root / file
         if source.is_dir() or source.stat().st_size > COPIED or source.suffix == '.ipynb':
@@ -104,14 +110,14 @@ class Stage:
         if re.match(r'[a-z][a-z+.-]*:|#|//', target, re.I):
             return target
         path, _, fragment = unquote(target).partition('#')
-        file = self.find(path, page)
+        file = find_file(self.root, page, path)
         if file is None:
             return target  # for `check_site` to find
         name = self.place(file, raw)
         if name is None:
             kind = 'tree' if (self.root / file).is_dir() else 'blob'
             return f'{self.url}/{kind}/{self.branch}/{file}'
-        link = os.path.relpath(name, os.path.dirname(self.where(page)) or '.')
+        link = os.path.relpath(name, os.path.dirname(place_of(page)) or '.')
         return f'{link}#{fragment.lower()}' if fragment else link
 
 # %% ../../nbs/tools/05_docs.ipynb #464f265a
@@ -127,11 +133,11 @@ def stage_pages(stage: Stage):
             text = json.dumps(notebook_page(json.loads(source), resolve))
         else:
             text = markdown_page(source, Path(page).stem, resolve)
-        target = stage.out / stage.where(page)
+        target = stage.out / place_of(page)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, text)
 
-
+# %% ../../nbs/tools/05_docs.ipynb #e1e27498
 def _toctree(title: str, pages: list[str]) -> str:
     "A group of the navigation as Markdown for Sphinx."
     return '\n'.join(['```{toctree}', ':hidden:', f':caption: {title}', '', *pages, '```'])
@@ -156,7 +162,7 @@ def public_modules(
 ) -> dict[str, str]:  # neuralsolver.solvers: method/04_solvers.ipynb
     "Modules with public names, by their full names."
     found = {}
-    for file in sorted(package_root().glob('*.py')):
+    for file in sorted(package_root().glob('[!_]*.py')):
         text = file.read_text(encoding='utf-8')
         made = re.search(r'File to edit: \S*?nbs/(\S+\.ipynb)', text)
         if made and made[1] in notebooks and not re.search(r'(?m)^__all__ = \[\]', text):
@@ -219,7 +225,7 @@ def mathjax_file() -> Path:
         raise ModuleNotFoundError('The site needs its builder: pip install -e ".[dev]".') from None
     return Path(next(f for f in files if f.name == 'tex-svg-full.js').locate())
 
-
+# %% ../../nbs/tools/05_docs.ipynb #af7988fe
 def stage_reference(stage: Stage) -> tuple[list[str], dict]:  # pages, links of prose
     "Write the pages of the public modules."
     from importlib import import_module
@@ -231,7 +237,7 @@ def stage_reference(stage: Stage) -> tuple[list[str], dict]:  # pages, links of 
     for module, notebook in modules.items():
         page = stage.out / f'api/{module.rpartition(".")[2]}.md'
         write_text(page, api_page(module, notebook))
-    write_text(stage.out / 'api/index.md', api_index(list(modules)))
+    write_text(stage.out / 'api/index.md', api_index(modules))
     names = {module: import_module(module).__all__ for module in modules}
     return ['api/index'], linked_names(names, notebooks)
 
@@ -245,7 +251,7 @@ def stage_settings(stage: Stage, cfg: dict, links: dict):
     shutil.copyfile(site / 'site.css', stage.out / '_static/site.css')
     shutil.copyfile(mathjax_file(), stage.out / '_static/tex-svg-full.js')
 
-
+# %% ../../nbs/tools/05_docs.ipynb #346cae0c
 def all_notebooks(root: Path) -> list[str]:
     "Notebooks of a repository, below nbs/, without suffix; hidden folders left out."
     files = [p.relative_to(root / 'nbs') for p in (root / 'nbs').rglob('*.ipynb')]
@@ -292,7 +298,7 @@ class Page(HTMLParser):
             elif key in ('href', 'src', 'data', 'poster') and value is not None:
                 self.links.append((tag, key, value))
 
-
+# %% ../../nbs/tools/05_docs.ipynb #912cc394
 def _problem(link: str, page: Path, folder: Path, pages: dict[Path, Page]) -> str:  # empty = none
     "What is wrong with a link of a page."
     if re.match(r'(https?|mailto|data|javascript):|//', link, re.I):
@@ -310,7 +316,7 @@ def _problem(link: str, page: Path, folder: Path, pages: dict[Path, Page]) -> st
         return 'no such anchor'
     return ''
 
-
+# %% ../../nbs/tools/05_docs.ipynb #c1c45ff2
 def check_site(
     folder: str | os.PathLike,  # the site
 ) -> list[str]:  # one line a problem: page, link, what is wrong
@@ -345,7 +351,7 @@ def _check_folders(out: Path, root: Path | None):
         said = 'it exists and is not a site. Give another folder, or remove it'
         raise ValueError(f'out={str(out)!r} is not allowed: {said}.')
 
-
+# %% ../../nbs/tools/05_docs.ipynb #7c89eb97
 def _run_sphinx(source: Path, site: Path) -> list[str]:  # warnings
     "HTML from the staged folder; ValueError with Sphinx' own words if it fails."
     log = source.with_name('log')
@@ -361,7 +367,7 @@ def _run_sphinx(source: Path, site: Path) -> list[str]:  # warnings
     text = re.sub(r'\x1b\[[0-9;]*m', '', log.read_text(encoding='utf-8'))
     return [line.replace(f'{source}/', '') for line in text.splitlines() if line.strip()]
 
-
+# %% ../../nbs/tools/05_docs.ipynb #5bcff819
 def build_site(
     out: str | os.PathLike | None = None,  # folder of the site; None = _docs/ of the repository
     root: str | os.PathLike | None = None,  # the repository; None = this one

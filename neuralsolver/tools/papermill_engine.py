@@ -162,29 +162,32 @@ def typed(
 BUILT_IN = ('PAPERMILL_INPUT_PATH', 'PAPERMILL_OUTPUT_PATH')
 
 
+def _parameters_cell(nb: Mapping, notebook: str) -> str:
+    "The source of the one cell that defines parameters."
+    cells = [c for c in nb['cells'] if 'parameters' in c['metadata'].get('tags', [])]
+    if len(cells) == 1:
+        return cells[0]['source']
+    raise ParameterError(
+        f'{notebook}: {len(cells) or "no"} cell is tagged `parameters`, so parameters would '
+        'have no effect. Tag the one cell that defines them.'
+    )
+
+
 def check_parameters(
     nb: Mapping,  # a notebook, already parameterised by papermill
     notebook: str = 'notebook',  # what to call it in the message
 ) -> dict[str, Any]:  # the given parameters, as the types of the notebook
     "ParameterError if a notebook lacks its parameters cell, or a given one is unknown or mistyped."
-    cells = [c for c in nb['cells'] if 'parameters' in c['metadata'].get('tags', [])]
-    if len(cells) != 1:
-        raise ParameterError(
-            f'{notebook}: {len(cells) or "no"} cell is tagged `parameters`, so parameters would '
-            'have no effect. Tag the one cell that defines them.'
-        )
-    defined = _defined(cells[0]['source'])
+    defined = _defined(_parameters_cell(nb, notebook))
     given = nb['metadata'].get('papermill', {}).get('parameters') or {}
     if unknown := [name for name in given if name not in defined and name not in BUILT_IN]:
         close = difflib.get_close_matches(unknown[0], defined, 1)
         hint = f' (did you mean {close[0]!r}?)' if close else ''
         said = f'unknown parameter {unknown[0]!r}{hint}. Allowed: {", ".join(defined)}.'
         raise ParameterError(f'{notebook}: {said}')
+    known = [name for name in given if name in defined]
     try:
-        return {
-            name: typed(name, value, defined[name]) if name in defined else value
-            for name, value in given.items()
-        }
+        return given | {name: typed(name, given[name], defined[name]) for name in known}
     except ParameterError as e:
         raise ParameterError(f'{notebook}: {e}') from None
 
@@ -226,7 +229,7 @@ class NeuralSolverEngine:
     def nb_language(nb, language=None):
         return _nbclient().nb_language(nb, language)
 
-
+# %% ../../nbs/tools/02_papermill_engine.ipynb #04a7fc64
 def _running_papermill() -> bool:
     "Is this process the papermill command, or `python -m papermill`?"
     program = sys.argv[0] if sys.argv else ''

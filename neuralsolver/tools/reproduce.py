@@ -134,7 +134,7 @@ def read_stamp(
     except (FileNotFoundError, ValueError):
         return {}, {}
 
-
+# %% ../../nbs/tools/04_reproduce.ipynb #004a69a2
 def why_run(
     run: Run,  # what is asked for
     reports: Path,  # folder of the results
@@ -170,7 +170,7 @@ def _end_with_parent():
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
 
-
+# %% ../../nbs/tools/04_reproduce.ipynb #5a932787
 def _start(run: Run, reports: Path, threads: int) -> subprocess.Popen:
     "Begin a run; its notebook and its log lie in reports/runs/."
     stamp = _stamp(run, reports)
@@ -207,7 +207,7 @@ def _failure(run: Run, reports: Path, code: int, before: dict) -> str:  # empty 
         return f'ended without {", ".join(missing)}, which data/items.csv expects of it'
     return ''
 
-
+# %% ../../nbs/tools/04_reproduce.ipynb #c17f79ff
 def _finish(run: Run, reports: Path, active: _Active) -> str:  # what became of it
     "Keep what a run was and what came out."
     outcome = dict(
@@ -228,6 +228,17 @@ def _finish(run: Run, reports: Path, active: _Active) -> str:  # what became of 
 ALONE = ('studies/benchmark', 'studies/gpu_benchmark')  # they measure time
 
 
+def _share(run: Run, jobs: int) -> tuple[int, str]:  # threads, and in words
+    "What a run has of the cores."
+    cores = os.cpu_count() or 1
+    if run.notebook in ALONE:
+        return cores, f'{cores} threads, alone'
+    threads = max(1, cores // jobs)
+    return threads, f'{threads} threads, ' + (
+        'alone' if jobs == 1 else f'up to {jobs} runs at a time'
+    )
+
+# %% ../../nbs/tools/04_reproduce.ipynb #2c70bfa7
 class Queue:
     "Runs: waiting, active (run: _Active) and done (run: what became of it)."
 
@@ -264,13 +275,9 @@ class Queue:
         if not reason:
             self.done[run] = 'up to date'
             return ''
-        cores = os.cpu_count() or 1
-        alone = run.notebook in ALONE
-        threads = cores if alone else max(1, cores // self.jobs)
-        company = 'alone' if alone or self.jobs == 1 else f'up to {self.jobs} runs at a time'
+        threads, words = _share(run, self.jobs)
         before = identity(run, self.reports)
         process = _start(run, self.reports, threads)
-        words = f'{threads} threads, {company}'
         self.active[run] = _Active(process, time.perf_counter(), before, words)
         return reason
 

@@ -73,7 +73,7 @@ def _shown(name: str, reports: Path) -> str:  # Markdown
         return f'![{Path(name).stem.replace("_", " ")}]({name})'
     return f'{"Protocol" if name.endswith(".json") else "Data"}: [{name}]({name})'
 
-
+# %% ../../nbs/tools/07_results_page.ipynb #711156ba
 def _blocks(names: Iterable[str], reports: Path) -> list[str]:  # Markdown
     "The outputs of an item: tables, pictures, protocol."
     order = ['.md', '.csv', '.png', '.json']
@@ -96,7 +96,7 @@ HEAD = """\
 {%- else %}{{ '%.1f' % (i.outcome.seconds / 60) }} min
 {%- endif %}
 {% endmacro %}
-# Every table and figure, reported beside measured
+# Every table and figure, reported and measured
 
 Profile `{{ profile }}`: `papermill nbs/reproduce.ipynb --p profile {{ profile }}`.
 *Reported* numbers are the paper's (arXiv 2505.21114), *measured* ones are ours,
@@ -156,7 +156,7 @@ HTML = """\
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Every table and figure, reported beside measured</title>
+<title>Every table and figure, reported and measured</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
        padding: 0 1rem; color: #222 }

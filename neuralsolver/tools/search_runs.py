@@ -21,7 +21,8 @@ from ..data import to_uint8
 from ..sampling import end_points
 from ..dpm_solvers import dpm_solver_pp
 from ..fields import Field
-from ..metrics import extract, extractor_name, frechet_distance, load_reference, moments
+from ..fashion_features import extract, extractor_name, load_reference
+from ..metrics import frechet_distance, moments
 from ..checkpoints import load_model, model_file, model_path
 from ..recipes import METHODS, method_settings
 from ..solver_search import search, SearchResult
@@ -84,7 +85,7 @@ def read_counts(
         )
     return [int(v) for v in values]
 
-
+# %% ../../nbs/tools/03_search_runs.ipynb #34232fed
 @dataclass(frozen=True)
 class SearchPlan:
     "What is searched and with what budget."
@@ -157,7 +158,7 @@ def search_pool(
         field, noise, labels, plan.teacher_steps, folder=kept, progress=progress
     )
 
-
+# %% ../../nbs/tools/03_search_runs.ipynb #030ef88d
 def run_search(
     plan: SearchPlan,  # what to search
     folder: str | os.PathLike,  # of the runs; trajectories go to its subfolder teachers
@@ -194,7 +195,7 @@ def run_search(
     checkpoint.unlink(missing_ok=True)
     return find_record(folder, plan.name)
 
-
+# %% ../../nbs/tools/03_search_runs.ipynb #14ca9b43
 def _record(plan: SearchPlan, field: Field, teacher: Teacher, found: SearchResult) -> dict:
     "What is kept of a search besides its identity."
     error = None
@@ -218,7 +219,7 @@ def _record(plan: SearchPlan, field: Field, teacher: Teacher, found: SearchResul
 # %% ../../nbs/tools/03_search_runs.ipynb #a49d9958
 SCORE_GROUPS = 4  # of the test noise samples, for the spread
 
-
+# %% ../../nbs/tools/03_search_runs.ipynb #dba5438d
 class Scorer:
     "Scores solvers of one path on one model."
 
@@ -305,7 +306,7 @@ class Scorer:
         write_json(self.folder / f'{record}.json', scores)
         return scores
 
-
+# %% ../../nbs/tools/03_search_runs.ipynb #6228e864
 def _group_rmse(x: Tensor, y: Tensor) -> list[float]:
     "RMSE of every group of samples."
     groups = zip(x.tensor_split(SCORE_GROUPS), y.tensor_split(SCORE_GROUPS))
@@ -324,7 +325,7 @@ def _frechet(x: Tensor) -> float:
 # %% ../../nbs/tools/03_search_runs.ipynb #f8602601
 _SHOWN = ('model', 'steps', 'method', 'seed', 'guidance', 'samples')  # of an identity
 
-
+# %% ../../nbs/tools/03_search_runs.ipynb #9a4c8fdc
 @dataclass(frozen=True)
 class Row:
     "What was searched, what it cost, how good the solver is. `as_dict` is one row of a table."
@@ -402,7 +403,7 @@ class Row:
         whole = {k: (sum(a * a for a in v) / len(v)) ** 0.5 for k, v in lists.items()}
         return self.score | whole | {f'{k}_sd': _sd(v) for k, v in lists.items()}
 
-
+# %% ../../nbs/tools/03_search_runs.ipynb #37533184
 def _sd(values: list[float]) -> float:
     "Standard deviation of a sample."
     mean = sum(values) / len(values)

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/tools/08_site_pages.ipynb #31daf178
 import inspect
 import json
+import os
 import pprint
 import re
 from importlib import import_module
@@ -71,7 +72,7 @@ def _rewrite_outputs(outputs: list[dict], resolve: Callable):
                 r'<span class="math notranslate">\\(\1\\)</span>', data['text/html']
             )
 
-
+# %% ../../nbs/tools/08_site_pages.ipynb #91dbe557
 def _code_cell(cell: dict, resolve: Callable) -> dict | None:  # None = not shown
     "A code cell of a page."
     source = ''.join(cell['source'])
@@ -91,7 +92,7 @@ def _code_cell(cell: dict, resolve: Callable) -> dict | None:  # None = not show
     lines = [line for line in source.splitlines() if not line.startswith('#|')]
     return cell | dict(metadata=meta, source='\n'.join(lines).strip('\n'))
 
-
+# %% ../../nbs/tools/08_site_pages.ipynb #04d13e25
 def _markdown_cell(cell: dict, resolve: Callable) -> dict:
     "A Markdown cell of a page."
     text = rewrite_links(''.join(cell['source']), resolve)
@@ -175,7 +176,7 @@ def _value(module: str, name: str, value: Any) -> str:
     shown = '\n'.join(lines[:MOST_LINES] + ['...'] * (len(lines) > MOST_LINES))
     return f'## `{name}`\n\n<a id="{module}.{name}"></a>\n\n```\n{shown}\n```'
 
-
+# %% ../../nbs/tools/08_site_pages.ipynb #b2cd9815
 def _entries(module: str, name: str, obj: Any) -> list[str]:
     "A public name and, of a class, its methods."
     if not inspect.isclass(obj) and not inspect.isfunction(inspect.unwrap(obj)):
@@ -187,6 +188,17 @@ def _entries(module: str, name: str, obj: Any) -> list[str]:
             shown.append(show_doc(function, renderer=Renderer, name=full, title_level=3))
     return [entry._repr_markdown_() for entry in shown]
 
+# %% ../../nbs/tools/08_site_pages.ipynb #317d0459
+def _subtitle(module: str, notebook: str) -> str:
+    "The first line of a notebook; its links start at the notebook's folder."
+    folder = Path('../nbs', notebook).parent
+
+    def resolve(target, raw):
+        there = re.match(r'[a-z][a-z+.-]*:|#|//', target, re.I)
+        return target if there else os.path.normpath(folder / target)
+
+    return rewrite_links(import_module(module).__doc__ or '', resolve)
+
 
 def api_page(
     module: str,  # neuralsolver.solvers
@@ -194,28 +206,28 @@ def api_page(
 ) -> str:
     "The reference of a module."
     live = import_module(module)
-    head = f'# {module}\n\n{live.__doc__}\n\nExplained in [{notebook}](../nbs/{notebook}).'
+    head = f'# {module}\n\n{_subtitle(module, notebook)}'
+    source = f'Explained in [{notebook}](../nbs/{notebook}).'
     entries = [e for name in live.__all__ for e in _entries(module, name, getattr(live, name))]
-    return '\n\n'.join([head, *entries])
+    return '\n\n'.join([head, source, *entries])
 
 # %% ../../nbs/tools/08_site_pages.ipynb #c232d484
 def api_index(
-    modules: list[str],  # neuralsolver.solvers, ...
+    modules: dict[str, str],  # neuralsolver.solvers: method/04_solvers.ipynb
 ) -> str:
     "The page that lists all modules and their names."
     head = (
         'Every public name, by module. Those that are used often are also names of `neuralsolver`.'
     )
     lines = ['# API reference', '', head, '', '| module | what it is | names |', '|---|---|---|']
-    for module in modules:
+    for module, notebook in modules.items():
         live = import_module(module)
         page = module.rpartition('.')[2]
         names = ', '.join(
             f'<a href="{page}.html#{module}.{name}"><code>{name}</code></a>'
             for name in live.__all__
         )
-        lines.append(
-            f'| [{page}]({page}.md) | {(live.__doc__ or "").replace("|", " ")} | {names} |'
-        )
+        title = _subtitle(module, notebook).replace('|', ' ')
+        lines.append(f'| [{page}]({page}.md) | {title} | {names} |')
     pages = [module.rpartition('.')[2] for module in modules]
     return '\n'.join([*lines, '', '```{toctree}', ':hidden:', *pages, '```', ''])
