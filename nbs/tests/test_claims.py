@@ -1,6 +1,6 @@
 """claims.ipynb: its measurements against closed forms, and a small run of all of it.
 
-The statistics have a page of their own, nbs/tools/06_statistics.ipynb, and are compared with other
+The statistics have a page of their own, nbs/tools/05_statistics.ipynb, and are compared with other
 libraries here.
 """
 

@@ -18,7 +18,12 @@ from neuralsolver.data import (
     to_uint8,
 )
 from neuralsolver.metrics import compute_metrics
-from neuralsolver.fashion_features import extractor_name, import_torch_fidelity, load_reference, real_test
+from neuralsolver.fashion_features import (
+    extractor_name,
+    import_torch_fidelity,
+    load_reference,
+    real_test,
+)
 from neuralsolver.utils import data_file, sha256
 
 

@@ -26,7 +26,7 @@ from neuralsolver.tools.docs import (
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT / 'nbs'
-FEW = ['index', 'start', 'method/04_solvers', 'method/05_spacings']
+FEW = ['index', 'start', '1_method/05_solvers', '1_method/08_spacings']
 CHROMIUM = '/usr/bin/chromium'
 FLAGS = (
     '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
@@ -92,9 +92,9 @@ def test_links_lead_somewhere(site):
 def test_links_that_are_dead_are_found(site, tmp_path):
     copy = tmp_path / 'copy'
     shutil.copytree(site.folder, copy)
-    page = copy / 'nbs/method/04_solvers.html'
+    page = copy / 'nbs/1_method/05_solvers.html'
     dead = (
-        '<a href="04_nowhere.html">x</a><a href="05_spacings.html#nowhere">y</a>'
+        '<a href="04_nowhere.html">x</a><a href="08_spacings.html#nowhere">y</a>'
         '<img src="../../_images/nowhere.png"></article>'
     )
     text = page.read_text(encoding='utf-8')
@@ -355,13 +355,13 @@ FAULTS = r"""<p>left $\frac12$ alone</p><img src="none.png"><script>console.erro
 def test_browser_finds_each_kind_of_fault(site, browser, tmp_path):
     copy = tmp_path / 'copy'
     shutil.copytree(site.folder, copy)
-    name = 'nbs/method/04_solvers.html'
+    name = 'nbs/1_method/05_solvers.html'
     text = (copy / name).read_text(encoding='utf-8')
     (copy / name).write_text(text.replace('</article>', FAULTS, 1), encoding='utf-8')
     seen = visit(browser, copy, [name])[name]
     assert len(seen['raw']) == 1 and len(seen['images']) == 1
     assert len(set(seen['errors'])) == 2
-    assert seen['formulas'] == 2 + formulas_of(site.notebooks['method/04_solvers'])
+    assert seen['formulas'] == 2 + formulas_of(site.notebooks['1_method/05_solvers'])
     for kind in ('console: oh', 'failed: file:', 'outside: https://example.org/x.js'):
         assert any(w.startswith(kind) for w in seen['wrong']), (kind, seen['wrong'])
 
@@ -372,7 +372,7 @@ def test_browser_searches_and_unfolds(site, browser):
     page.wait_for_selector('#search-results li a', timeout=60000)
     found = page.query_selector_all('#search-results li a')
     assert any('spacings' in a.get_attribute('href') for a in found)
-    page.goto((site.folder / 'nbs/method/05_spacings.html').as_uri())
+    page.goto((site.folder / 'nbs/1_method/08_spacings.html').as_uri())
     code = page.locator('div.cell details pre').first
     assert not code.is_visible()
     page.locator('div.cell details summary').first.click()

@@ -5,7 +5,15 @@ import math
 from dataclasses import replace
 import pytest
 import torch
-from neuralsolver.neural import FAMILIES, NeuralSolver, error_bound, get_solver, list_solvers, load_solver, neural_solver
+from neuralsolver.neural import (
+    FAMILIES,
+    NeuralSolver,
+    error_bound,
+    get_solver,
+    list_solvers,
+    load_solver,
+    neural_solver,
+)
 from neuralsolver.classical import adam2, adam4
 from neuralsolver.paths import VPPath
 from neuralsolver.solvers import Solver, sample
