@@ -5,7 +5,7 @@ Attributes are imported on first use, so that `import neuralsolver` is cheap; th
 __version__ = "0.1.0"
 
 import importlib
-import importlib.util
+import pkgutil
 
 _EXPORTS = {  # module: its names that are reached as neuralsolver.NAME
     'paths': ['NoisePath', 'LinearPath', 'ShiftedPath', 'VPPath', 'DDPMPath'],
@@ -33,6 +33,7 @@ _RENAMED = {  # earlier name: what it is called now
     'reproduce': 'neuralsolver.tools.reproduce',
     'docs': 'neuralsolver.tools.docs',
 }
+_MODULES = [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith('_')]
 __all__ = list(_MODULE_OF)
 
 
@@ -43,10 +44,10 @@ def __getattr__(name):
         return value
     if name in _RENAMED:
         raise AttributeError(f'neuralsolver.{name} is now {_RENAMED[name]}.')
-    if not name.startswith('_') and importlib.util.find_spec(f'{__name__}.{name}'):
+    if name in _MODULES:
         return importlib.import_module(f'.{name}', __name__)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
