@@ -78,7 +78,7 @@ def check_layout(folder, name):
     card = json.loads((folder / f'{name}.json').read_text())
     layout = card['layout']
     assert layout['overlapping_texts'] == []
-    assert layout['smallest_font_pt'] >= 6
+    assert layout['smallest_font_pt'] >= 7
     assert layout['width_cm'] <= 17 and layout['height_cm'] <= 25
     picture = folder / f'{name}.png'
     width = plt.imread(picture).shape[1] / 150 * 2.54  # of the file itself
@@ -113,152 +113,160 @@ def test_cards_carry_the_protocol(made):
     assert all(f'](solver_figures/{name}.png)' in page for name in DRAWN) and '-4.744' in page
 
 
+def matrix_of(table, name, steps):
+    "The matrix of a table, as it is drawn."
+    rows = table[(table.solver == name) & (table.steps == steps)]
+    return rows.pivot(index='row', columns='column', values='value').fillna(0).to_numpy()
+
+
 def test_every_table_is_drawn_in_the_units_of_the_paper(made):
     table = pd.read_csv(made / 'figure_1.csv')
-    found = {k: g for k, g in table.groupby(['solver', 'steps'])}
-    assert {
-        (n, k) for n, counts in ns.list_solvers().items() for k in counts
-    } <= found.keys()  # whatever there is today
+    drawn = set(zip(table.solver, table.steps))
+    # whatever there is today
+    assert {(n, k) for n, counts in ns.list_solvers().items() for k in counts} <= drawn
     sums = table[table.consistent].groupby(['solver', 'steps', 'row']).value.sum()
     assert len(sums) > 300 and np.allclose(sums, 1, atol=1e-9)
-    matrix = lambda name, n: (
-        found[name, n].pivot(index='row', columns='column', values='value').fillna(0).to_numpy()
-    )
     for name, t in published().items():
         for n, s in t['steps'].items():
             M = np.tril(s['coeffs'], -1)
-            assert np.allclose(matrix(name, int(n)), M + np.diag(1 - M.sum(1)), atol=1e-8)
-    assert np.allclose(
-        matrix('adam2', 8)[1:],
-        [[0] * (k - 1) + [-1 / 2, 3 / 2] + [0] * (7 - k) for k in range(1, 8)],
-    )
-    assert np.allclose(matrix('adam4', 8)[7], [0, 0, 0, 0, -9 / 24, 37 / 24, -59 / 24, 55 / 24])
+            M += np.diag(1 - M.sum(1))
+            assert np.allclose(matrix_of(table, name, int(n)), M, atol=1e-8)
+    adams = [[0] * (k - 1) + [-1 / 2, 3 / 2] + [0] * (7 - k) for k in range(1, 8)]
+    assert np.allclose(matrix_of(table, 'adam2', 8)[1:], adams)
+    last = [0, 0, 0, 0, -9 / 24, 37 / 24, -59 / 24, 55 / 24]
+    assert np.allclose(matrix_of(table, 'adam4', 8)[7], last)
 
 
-def test_exponential_solvers_in_data_coordinates(made):
-    "UniPC against its own tableau, DPM-Solver++ 2M against the formula of its paper on a VP schedule written out here."
+@pytest.mark.parametrize('name', ['unipc-2', 'unipc-3'])
+def test_unipc_is_its_own_tableau(made, name):
+    table = pd.read_csv(made / 'figure_1.csv')
+    s = ns.get_solver(name, 7, VPPath())
+    unit = s.span.numpy() / s.scale.numpy()[1:]
+    tableau = (matrix_of(table, name, 7) * unit[:, None]).cumsum(0)
+    assert np.allclose(tableau, s.tableau.numpy(), atol=1e-6, rtol=1e-6)
+
+
+def test_dpm_solver_is_the_formula_of_its_paper(made):
+    "DPM-Solver++ 2M on a VP schedule that is written out here."
     table, times = pd.read_csv(made / 'figure_1.csv'), pd.read_csv(made / 'figure_1_times.csv')
-    matrix = lambda name, n: (
-        table[(table.solver == name) & (table.steps == n)]
-        .pivot(index='row', columns='column', values='value')
-        .fillna(0)
-        .to_numpy()
-    )
-    for name in ('unipc-2', 'unipc-3'):
-        s = ns.get_solver(name, 7, VPPath())
-        span, scale = s.span.numpy(), s.scale.numpy()
-        assert np.allclose(
-            (matrix(name, 7) * (span / scale[1:])[:, None]).cumsum(0),
-            s.tableau.numpy(),
-            atol=1e-6,
-            rtol=1e-6,
-        )
     t = times[(times.solver == 'dpm-solver++2m') & (times.steps == 7)].time.to_numpy()
     half = (0.1 * t + 19.9 * t**2 / 2) / 2
-    h = np.diff(-half - 0.5 * np.log(-np.expm1(-2 * half)))
-    M = matrix('dpm-solver++2m', 7)  # of log(alpha / sigma)
+    h = np.diff(-half - 0.5 * np.log(-np.expm1(-2 * half)))  # steps in log(alpha / sigma)
+    M = matrix_of(table, 'dpm-solver++2m', 7)
     for k in range(1, 6):
         r = h[k - 1] / h[k]
         assert M[k, k - 1 : k + 1] == pytest.approx([-1 / (2 * r), 1 + 1 / (2 * r)], rel=1e-5)
     assert M[6, 6] == 1
 
 
-def test_polynomials_and_residuals(made):
-    poly, res = (
-        pd.read_csv(made / 'time_steps_polynomials.csv'),
-        pd.read_csv(made / 'time_steps_residuals.csv'),
-    )
-    reported = poly[poly.what == 'reported'].set_index('path').at_1
-    assert reported['linear'] == pytest.approx(1.01) and reported['vp'] == pytest.approx(0.996)
-    nodes = {}  # from the file of published numbers, not through Solver
-    for name, t in published().items():
-        for n, s in t['steps'].items():
-            e = np.r_[0, np.cumsum(s['timedeltas_unrounded'])]
-            nodes[name, int(n)] = e / e[-1]
-    for name, eq in (('sit-xl-2', EQ20), ('dit-xl-2', EQ21), ('flowdcn-b-2', EQ20)):
-        own = {n: e for (m, n), e in nodes.items() if m == name}
-        x, y = np.concatenate([np.arange(n + 1) / n for n in own]), np.concatenate([*own.values()])
-        c = np.polyfit(x, y, 4)
-        row = poly[(poly.tables == name) & poly.constant].iloc[0]
-        assert row[list('abcde')].to_numpy(float) == pytest.approx(
-            c, abs=1e-6
-        ) and row.rms == pytest.approx(np.sqrt(np.mean((np.polyval(c, x) - y) ** 2)), rel=1e-6)
-        if name == 'sit-xl-2':
-            assert np.allclose(c[:4].round(2), EQ20[:4])  # eq. 20 is this fit
-        for n, e in own.items():
-            assert res[(res.solver == name) & (res.steps == n)].reported.item() == pytest.approx(
-                np.sqrt(np.mean((np.polyval(eq, np.arange(1, n) / n) - e[1:-1]) ** 2)), abs=1e-7
-            )
-    x = np.concatenate([np.arange(n + 1) / n for (m, n) in nodes if m == 'dit-xl-2'])
-    y = np.concatenate([e for (m, _), e in nodes.items() if m == 'dit-xl-2'])
+def published_nodes(name):
+    "Cumulated time deltas by number of evaluations; from the published numbers, not by Solver."
+    sums = {
+        int(n): np.cumsum(s['timedeltas_unrounded']) for n, s in published()[name]['steps'].items()
+    }
+    return {n: np.r_[0, e / e[-1]] for n, e in sums.items()}
+
+
+def points(nodes):
+    "All nodes of some tables: part of the steps, time elapsed."
+    x = np.concatenate([np.arange(n + 1) / n for n in nodes])
+    return x, np.concatenate([*nodes.values()])
+
+
+def root_mean_square(v):
+    return np.sqrt(np.mean(np.square(v)))
+
+
+def test_reported_polynomials_do_not_end_at_1(made):
+    table = pd.read_csv(made / 'time_steps_polynomials.csv')
+    at_1 = table[table.what == 'reported'].set_index('path').at_1
+    assert at_1['linear'] == pytest.approx(1.01) and at_1['vp'] == pytest.approx(0.996)
+
+
+@pytest.mark.parametrize('name', ['sit-xl-2', 'dit-xl-2', 'flowdcn-b-2'])
+def test_polynomials_with_a_constant_are_those_of_numpy(made, name):
+    table = pd.read_csv(made / 'time_steps_polynomials.csv')
+    x, y = points(published_nodes(name))
+    c = np.polyfit(x, y, 4)
+    row = table[(table.tables == name) & table.constant].iloc[0]
+    assert row[list('abcde')].to_numpy(float) == pytest.approx(c, abs=1e-6)
+    assert row.rms == pytest.approx(root_mean_square(np.polyval(c, x) - y), rel=1e-6)
+    if name == 'sit-xl-2':
+        assert np.allclose(c[:4].round(2), EQ20[:4])  # eq. 20 is this fit
+
+
+def test_polynomials_through_0_solve_the_normal_equations(made):
+    table = pd.read_csv(made / 'time_steps_polynomials.csv')
+    x, y = points(published_nodes('dit-xl-2'))
     A = np.stack([x**4, x**3, x**2, x], 1)
-    assert poly[(poly.tables == 'dit-xl-2') & ~poly.constant][list('abcd')].to_numpy()[
-        0
-    ] == pytest.approx(np.linalg.solve(A.T @ A, A.T @ y), abs=1e-6)  # normal equations
+    row = table[(table.tables == 'dit-xl-2') & ~table.constant].iloc[0]
+    want = np.linalg.solve(A.T @ A, A.T @ y)
+    assert row[list('abcd')].to_numpy(float) == pytest.approx(want, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    'name, equation', [('sit-xl-2', EQ20), ('dit-xl-2', EQ21), ('flowdcn-b-2', EQ20)]
+)
+def test_residuals_are_over_the_inner_nodes(made, name, equation):
+    table = pd.read_csv(made / 'time_steps_residuals.csv')
+    found = table[table.solver == name].set_index('steps').reported
+    for n, e in published_nodes(name).items():
+        gap = np.polyval(equation, np.arange(1, n) / n) - e[1:-1]
+        assert found[n] == pytest.approx(root_mean_square(gap), abs=1e-7)
+
+
+@torch.no_grad()
 def test_errors_are_those_of_the_end_points(made):
+    "At the last node, which needs no dense output of the teacher."
     e = pd.read_csv(made / 'trajectory_error.csv')
     assert (e[e.node == 0].rmse < 1e-5).all() and set(e.seed) == {0, 1, 2}
+    rows = e[(e.model == 'sit-tiny') & (e.seed == 1) & (e.node == 5)].set_index('solver')
     field = Field(load_model('sit-tiny'), guidance=2.0)
     x, y = indexed_noise(range(4), (1, 28, 28), seed=1), torch.arange(4)
-    with torch.no_grad():
-        for name, s in (('adam2', ns.adam2(5)), ('sit-tiny', ns.load_solver('sit-tiny', 5))):
-            want = (
-                (ns.sample(field, x, s, y) - (end := ns.sample(field, x, ns.euler(10), y)))
-                .square()
-                .mean()
-                .sqrt()
-                .item()
-            )  # the last node needs no dense output
-            row = e[
-                (e.model == 'sit-tiny') & (e.solver == name) & (e.seed == 1) & (e.node == 5)
-            ].iloc[0]
-            assert row.rmse == pytest.approx(want, rel=1e-4) and row.rms == pytest.approx(
-                end.square().mean().sqrt().item(), rel=1e-4
-            )
+    end = ns.sample(field, x, ns.euler(10), y)
+    for name, s in (('adam2', ns.adam2(5)), ('sit-tiny', ns.load_solver('sit-tiny', 5))):
+        gap = ns.sample(field, x, s, y) - end
+        assert rows.rmse[name] == pytest.approx(root_mean_square(gap.numpy()), rel=1e-4)
+        assert rows.rms[name] == pytest.approx(root_mean_square(end.numpy()), rel=1e-4)
+
+
+def velocity(x, t, centres):
+    "E[data - noise | x] for a mixture with standard deviation 0.25."
+    var = (0.25 * t) ** 2 + (1 - t) ** 2
+    gap = x[:, None] - t * centres
+    p = np.exp(-(gap**2).sum(-1) / (2 * var))
+    p /= p.sum(1, keepdims=True)
+    return (p[..., None] * (centres + (t * 0.25**2 - (1 - t)) / var * gap)).sum(1)
 
 
 def test_method_figure_is_a_real_run(made):
-    "Its states follow eq. 16 with its own matrix and time deltas, on a velocity that is written out here."
+    "Its states follow eq. 16 with its own matrix and time deltas, on the velocity above."
     with np.load(made / 'method.npz') as f:
         d = dict(f)
-
-    def velocity(x, t):  # E[data - noise | x] for a mixture with standard deviation .25
-        var = (0.25 * t) ** 2 + (1 - t) ** 2
-        gap = x[:, None] - t * d['centres']
-        p = np.exp(-(gap**2).sum(-1) / (2 * var))
-        p /= p.sum(1, keepdims=True)
-        return (p[..., None] * (d['centres'] + (t * 0.25**2 - (1 - t)) / var * gap)).sum(1)
-
     x, Q = d['after_states'][0], []
     for i, t in enumerate(d['nodes'][:-1]):
-        Q.append(velocity(x, t))
+        Q.append(velocity(x, t, d['centres']))
         x = x + d['timedeltas'][i] * sum(m * v for m, v in zip(d['matrix'][i], Q))
         assert np.allclose(x, d['after_states'][i + 1], atol=1e-9)
-    assert (
-        np.allclose(d['matrix'].sum(1), 1)
-        and d['timedeltas'].sum() == pytest.approx(1)
-        and d['teacher_states'].shape == (101, 3, 2)
-        and np.allclose(
-            d['before_states'][1], d['before_states'][0] + 0.2 * velocity(d['before_states'][0], 0)
-        )
-    )
+    assert np.allclose(d['matrix'].sum(1), 1)
+    assert d['timedeltas'].sum() == pytest.approx(1)
+    assert d['teacher_states'].shape == (101, 3, 2)
+    first, second = d['before_states'][:2]
+    assert np.allclose(second, first + 0.2 * velocity(first, 0, d['centres']))
 
 
 def test_samples_are_the_pictures_of_their_errors(made):
+    "Clipping to [-1, 1] can only bring them closer, rounding adds little."
     table = pd.read_csv(made / 'sample_grid.csv')
     with np.load(made / 'sample_grid.npz') as f:
-        pictures = dict(f)
+        pictures = {k: f[k] / 127.5 for k in f.files}
     for r in table.itertuples():
-        a, b = (
-            pictures[k].astype(float) / 127.5
-            for k in (f'{r.model}|{r.solver}|{r.steps}', f'{r.model}|teacher|10')
+        student, teacher = (
+            pictures[f'{r.model}|{r.solver}|{r.steps}'],
+            pictures[f'{r.model}|teacher|10'],
         )
-        assert a.shape == (2, 1, 28, 28)
-        assert (
-            0 < np.sqrt(np.mean((a - b) ** 2)) <= r.rmse + 0.005
-        )  # clipping to [-1, 1] can only bring them closer, rounding adds little
+        assert student.shape == (2, 1, 28, 28)
+        assert 0 < root_mean_square(student - teacher) <= r.rmse + 0.005
     assert set(table.solver) == {'adam2', 'sit-tiny', 'dpm-solver++2m', 'dit-tiny'}
 
 
