@@ -30,7 +30,8 @@ setup(
             'neuralsolver = neuralsolver.tools.papermill_engine:NeuralSolverEngine'
         ]
     },
-    # data/ travels in the wheel as neuralsolver/assets; in a clone neuralsolver.utils.data_root() finds data/ itself
+    # data/ travels in the wheel as neuralsolver/assets;
+    # in a clone neuralsolver.utils.data_root() finds data/ itself
     packages=['neuralsolver', 'neuralsolver.tools', 'neuralsolver.assets'],
     package_dir={'neuralsolver': 'neuralsolver', 'neuralsolver.assets': 'data'},
     package_data={

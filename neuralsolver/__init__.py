@@ -1,6 +1,7 @@
-"""NeuralSolver: few-step diffusion samplers as data, searched by differentiating through the sampler (arXiv 2505.21114).
+"""NeuralSolver: few-step diffusion samplers as data, searched through the sampler (arXiv 2505.21114).
 
-Attributes are imported on first use, so that `import neuralsolver` is cheap; the modules are exported from nbs/ by nbdev.
+Attributes are imported on first use, so that `import neuralsolver` is cheap.
+The modules are exported from nbs/ by nbdev.
 """
 __version__ = "0.1.0"
 

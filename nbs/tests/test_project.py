@@ -98,6 +98,24 @@ def test_readme_commands_are_those_that_are_tested():
     assert fenced.count(TEST) == 1 and fenced.count(RUN) == 1
 
 
+def subtitle(nb):
+    "The line below the title, which is the docstring of the page's module."
+    first = json.loads(nb.read_text(encoding='utf-8'))['cells'][0]
+    lines = ''.join(first['source']).splitlines()
+    return next(line for line in lines if line.startswith('> ')).removeprefix('> ')
+
+
+def test_readme_lists_every_page_with_its_subtitle():
+    "In the order of the folders; notebooks that are run are named with their command."
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    names = [p.relative_to(ROOT).as_posix() for p in NOTEBOOKS]
+    pages = {name: p for name, p in zip(names, NOTEBOOKS) if p.stem[:2].isdigit()}
+    listed = re.findall(r'(?m)^\| \[(\w+)\]\((nbs/\S+)\) \| (.*) \|$', readme)
+    rows = [row for row in listed if row[1] in pages]
+    assert rows == [(p.stem, name, subtitle(p)) for name, p in sorted(pages.items())]
+    assert [name for name in names if name not in readme] == []
+
+
 MACHINE = re.compile(r'(?<![\w.~])/(?:tmp|work|home|root|Users)/')
 TEXT = ('.ipynb', '.json', '.jsonl', '.csv', '.md', '.html')
 

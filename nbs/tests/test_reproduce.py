@@ -20,7 +20,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from neuralsolver.curves import curve_rows, evaluate_curve, write_curve
 from neuralsolver.evaluate import evaluate
 from neuralsolver.protocol import Protocol
-from neuralsolver.tools.reproduce import reproduce as module
+import neuralsolver.tools.reproduce as module
 from neuralsolver.tools.manifest import Run, read_items, runs_of, select_items
 from neuralsolver.tools.reproduce import Queue, identity, reproduce, why_run
 from neuralsolver.tools.results_page import reported_table, write_index
@@ -362,7 +362,7 @@ def test_curves_notebook_writes_its_files(tmp_path):
     run_cells('curves', **given, reports_dir=str(tmp_path))
     for suffix in ('.md', '.csv', '.json', '.png', '_metrics.png'):
         assert (tmp_path / f'curves_toy{suffix}').stat().st_size > 200
-    with pytest.raises(ValueError, match='give NAME:STEPS'):
+    with pytest.raises(ValueError, match='is not NAME:STEPS'):
         run_cells('curves', rows='heun', reports_dir=str(tmp_path))
 
 
