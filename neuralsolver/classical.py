@@ -58,14 +58,14 @@ RUNGE_KUTTA = {
     ),
 }
 
-# %% ../nbs/1_method/06_classical.ipynb #5ef7bce0
+# %% ../nbs/1_method/06_classical.ipynb #a8973a56
 class State(NamedTuple):
     "A state of a method, x = (c / c_0) x_0 + row q."
 
     time: float
     row: np.ndarray  # weights of the evaluations made before it
 
-
+# %% ../nbs/1_method/06_classical.ipynb #5ef7bce0
 class Builder:
     "Collects the states of a method as rows over its evaluations, and returns the `Solver`."
 

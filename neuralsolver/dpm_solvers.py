@@ -71,7 +71,7 @@ def singlestep_orders(
         return [3] * (whole - 1) + [2, 1]
     return [order] * whole + [rest] * (rest > 0)
 
-# %% ../nbs/1_method/12_dpm_solvers.ipynb #5590e5cd
+# %% ../nbs/1_method/12_dpm_solvers.ipynb #6b602e96
 def _stage_weights(kappa: Kappa, known: list, u: float, order: int) -> np.ndarray:
     "From the first of the known times to u, in a step of this order."
     t, i = known[0], len(known)
@@ -84,7 +84,7 @@ def _stage_weights(kappa: Kappa, known: list, u: float, order: int) -> np.ndarra
         rise = -span / np.expm1(-h) * _psi(h) / at[i - 1]
     return np.array([span - rise, *[0.0] * (i - 2), rise])
 
-
+# %% ../nbs/1_method/12_dpm_solvers.ipynb #5590e5cd
 def _singlestep(grid: Tensor, orders: list[int], name: str, coordinates: str, path) -> Solver:
     "Steps of the given orders; the nodes inside a step are nodes of the grid."
     kappa, times = Kappa(coordinates, path), grid.tolist()
@@ -160,7 +160,7 @@ def dpm_solver(
     rule = _multistep_rule('noise', path, exact)
     return multistep(grid, order, rule, f'dpm-solver-{order}m', start, finish)
 
-# %% ../nbs/1_method/12_dpm_solvers.ipynb #dc2f6588
+# %% ../nbs/1_method/12_dpm_solvers.ipynb #6742502b
 def _unipc_rho(r: np.ndarray, h: float, B: float) -> np.ndarray:
     "The coefficients of the other points, at the positions r."
     if len(r) == 1:
@@ -172,7 +172,7 @@ def _unipc_rho(r: np.ndarray, h: float, B: float) -> np.ndarray:
         phi = phi / -h - 1 / (factorial * (i + 1))
     return np.linalg.solve(np.vander(r, increasing=True).T, rhs)
 
-
+# %% ../nbs/1_method/12_dpm_solvers.ipynb #dc2f6588
 def _unipc_weights(kappa: Kappa, variant: str, corrector: bool) -> Callable:
     "weights(times [q], a, b) -> [q] of UniP, or of UniC, whose times end with b."
 

@@ -44,7 +44,7 @@ def error_growth(
     apart = np.array([i < 3 or i == N - 1 for i in range(N)])
     return np.sqrt((J[apart] ** 2).sum(1)).sum() + np.abs(J[~apart].sum(0)).sum()
 
-
+# %% ../nbs/1_method/10_optimized_grids.ipynb #f9bcdc45
 @lru_cache(maxsize=256)
 def _minimised(
     first: float,  # log-SNR of the first node, fixed
@@ -76,14 +76,14 @@ def _minimised(
     )
     return inner
 
-# %% ../nbs/1_method/10_optimized_grids.ipynb #23acd5fe
+# %% ../nbs/1_method/10_optimized_grids.ipynb #3e91e2c5
 @cache
 def _tabulated(init: str, steps: int) -> list[float] | None:
     "Nodes on the paper's DDPM path as they were found once."
     nodes = json.loads(data_file('optimized_nodes.json').read_text())['nodes']
     return nodes.get(init, {}).get(str(steps))
 
-
+# %% ../nbs/1_method/10_optimized_grids.ipynb #23acd5fe
 def optimized_nodes(
     steps: int,  # number of steps N
     path: NoisePath = VPPath(),  # where the times live

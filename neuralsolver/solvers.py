@@ -51,12 +51,12 @@ def _check_gains(g: Tensor, K: int):
     if g.shape != (K,) or not (g.isfinite() & (g != 0)).all():
         raise ValueError(f'gains must be K = {K} finite numbers other than 0; got {g.tolist()}.')
 
-# %% ../nbs/1_method/05_solvers.ipynb #63425dbc
+# %% ../nbs/1_method/05_solvers.ipynb #d3d2c3c8
 def _float64(numbers: object) -> Tensor:
     "Numbers as a table on the CPU; -0.0 becomes 0.0, so that equal tables have equal digests."
     return torch.as_tensor(numbers, dtype=torch.float64, device='cpu') + 0.0
 
-
+# %% ../nbs/1_method/05_solvers.ipynb #63425dbc
 @dataclass(frozen=True, eq=False)
 class Solver:
     "A sampler as data: x_{k+1} = gain[k] x_k + sum_j weights[k, j] field(x_j, nodes[j])."

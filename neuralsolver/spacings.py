@@ -85,6 +85,18 @@ def _given(steps: int, path: NoisePath, nodes: Tensor) -> Tensor:
         )
     return nodes
 
+# %% ../nbs/1_method/08_spacings.ipynb #6bd0f9e8
+def _first_and_last(path: NoisePath, t_start: float | None, t_end: float | None) -> Tensor:  # [2]
+    "The times between which a grid runs; those of the path where none are given."
+    low, high = _ends_of(path)
+    a = path.t_noise if t_start is None else check_float('t_start', t_start, low, high)
+    b = path.t_end if t_end is None else check_float('t_end', t_end, low, high)
+    if (b - a) * (path.t_data - path.t_noise) <= 0:
+        raise ValueError(
+            f't_start={a} must be nearer to noise (t = {path.t_noise}) than t_end={b}.'
+        )
+    return torch.tensor([a, b], dtype=torch.float64)
+
 # %% ../nbs/1_method/08_spacings.ipynb #306d741d
 SPACINGS = ('time', 'log-snr', 'quadratic', 'karras', 'shifted')
 
@@ -105,14 +117,7 @@ def time_grid(
     check_choice('spacing', spacing, SPACINGS)
     check_float('rho', rho, 1e-3)
     check_float('shift', shift, 1e-6)
-    low, high = _ends_of(path)
-    a = path.t_noise if t_start is None else check_float('t_start', t_start, low, high)
-    b = path.t_end if t_end is None else check_float('t_end', t_end, low, high)
-    if (b - a) * (path.t_data - path.t_noise) <= 0:
-        raise ValueError(
-            f't_start={a} must be nearer to noise (t = {path.t_noise}) than t_end={b}.'
-        )
-    ends = torch.tensor([a, b], dtype=torch.float64)
+    ends = _first_and_last(path, t_start, t_end)
     grids = {
         'time': lambda: _time(path, ends, steps),
         'log-snr': lambda: _log_snr(path, ends, steps),
@@ -121,5 +126,5 @@ def time_grid(
         'shifted': lambda: _shifted(path, ends, steps, shift),
     }
     nodes = grids[spacing]()
-    nodes[0], nodes[-1] = a, b  # to the last bit
+    nodes[[0, -1]] = ends  # to the last bit
     return nodes

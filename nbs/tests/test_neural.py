@@ -121,26 +121,39 @@ def test_time_deltas_are_rounded_softmax_values(name, n):
         assert abs(solver.nodes[-1].item() - 1) < 1e-14 < abs(math.fsum(printed) - 1) + 1e-13
 
 
-@pytest.mark.parametrize(
-    'call, words',
-    [
-        (lambda: load_solver('sit-xl-2', 11), ['sit-xl-2', 'steps=11', '5, 6, 7, 8, 9, 10']),
-        (lambda: load_solver('sit-xl-2', 15), ['steps=15']),
-        (lambda: load_solver('flowdcn-b-2', 4), ['steps=4', '9, 10, 15']),
-        (lambda: load_solver('sit-xl-2'), ['steps=None', '5, 6']),
-        (lambda: load_solver('sit-xl-2', True), ['steps=True']),
-        (lambda: load_solver('sit', 8), ["solver='sit'", 'sit-xl-2', 'dit-xl-2', 'flowdcn-b-2']),
-        (lambda: get_solver('adam3', 8), ["solver='adam3'", 'adam2', 'sit-xl-2']),
-        (lambda: get_solver('', 8), ["solver=''"]),
-        (lambda: get_solver('sit-xl-2', 0), ['steps=0', 'integer >= 1']),
-        (lambda: get_solver('sit-xl-2', 8.0), ['steps=8.0']),
-    ],
-)
-def test_errors_list_what_is_allowed(call, words):
+def refused(words, function, *args, **settings):
     with pytest.raises(ValueError) as error:
-        call()
+        function(*args, **settings)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'args, words',
+    [
+        (('sit-xl-2', 11), ['sit-xl-2', 'steps=11', '5, 6, 7, 8, 9, 10']),
+        (('sit-xl-2', 15), ['steps=15']),
+        (('flowdcn-b-2', 4), ['steps=4', '9, 10, 15']),
+        (('sit-xl-2',), ['steps=None', '5, 6']),
+        (('sit-xl-2', True), ['steps=True']),
+        (('sit', 8), ["solver='sit'", 'sit-xl-2', 'dit-xl-2', 'flowdcn-b-2']),
+    ],
+)
+def test_refusal_of_load_solver(args, words):
+    refused(words, load_solver, *args)
+
+
+@pytest.mark.parametrize(
+    'args, words',
+    [
+        (('adam3', 8), ["solver='adam3'", 'adam2', 'sit-xl-2']),
+        (('', 8), ["solver=''"]),
+        (('sit-xl-2', 0), ['steps=0', 'integer >= 1']),
+        (('sit-xl-2', 8.0), ['steps=8.0']),
+    ],
+)
+def test_refusal_of_get_solver(args, words):
+    refused(words, get_solver, *args)
 
 
 def test_a_searched_file_is_found_by_name(tmp_path, monkeypatch):
@@ -311,39 +324,32 @@ def test_a_larger_family_starts_at_its_own_solvers(family, where):
 FREE = Solver([0, 0.3, 0.6, 1], [[0.4, 0, 0], [0.1, 0.2, 0], [0, 0.1, 0.5]], gains=[1, 1.1, 0.9])
 
 
+ZERO_ROW = replace(FREE, weights=[[0.4, 0, 0], [-0.1, 0.1, 0], [0, 0, 1]])
+
+
 @pytest.mark.parametrize(
-    'call, words',
+    'args, settings, words',
     [
-        (lambda: NeuralSolver(3, family='bns'), ["family='bns'", 'consistent', 'non-stationary']),
-        (lambda: NeuralSolver(3, order=0), ['order=0']),
-        (lambda: NeuralSolver(3, init=FREE), ["init='solver'", "family='non-stationary'"]),
-        (lambda: NeuralSolver(3, init=FREE, family='times'), ["family='times'"]),
-        (lambda: NeuralSolver(3, init=FREE, family='scaled'), ["family='scaled'"]),
-        (
-            lambda: NeuralSolver(
-                3,
-                init=replace(FREE, weights=[[0.4, 0, 0], [-0.1, 0.1, 0], [0, 0, 1]]),
-                family='non-stationary',
-            ),
-            ['sums to 0'],
-        ),
-        (lambda: NeuralSolver(8, init=adam4(8), order=3), ['3 evaluations', 'order=None']),
-        (lambda: NeuralSolver(8, True, adam4(8), order=4), ['two_step_tail=False']),
-        (
-            lambda: neural_solver([0.5, 0.5], torch.zeros(2, 2), factors=torch.ones(2)),
-            ['factors', '[2]', '[2, 2]'],
-        ),
-        (
-            lambda: neural_solver([0.5, 0.5], torch.zeros(2, 2), factors=torch.eye(2)),
-            ['gains'],
-        ),
+        ((3,), dict(family='bns'), ["family='bns'", 'consistent', 'non-stationary']),
+        ((3,), dict(order=0), ['order=0']),
+        ((3,), dict(init=FREE), ["init='solver'", "family='non-stationary'"]),
+        ((3,), dict(init=FREE, family='times'), ["family='times'"]),
+        ((3,), dict(init=FREE, family='scaled'), ["family='scaled'"]),
+        ((3,), dict(init=ZERO_ROW, family='non-stationary'), ['sums to 0']),
+        ((8,), dict(init=adam4(8), order=3), ['3 evaluations', 'order=None']),
+        ((8, True, adam4(8)), dict(order=4), ['two_step_tail=False']),
     ],
 )
-def test_errors_of_the_families(call, words):
-    with pytest.raises(ValueError) as error:
-        call()
-    for word in words:
-        assert word in str(error.value)
+def test_refusal_of_a_search_space(args, settings, words):
+    refused(words, NeuralSolver, *args, **settings)
+
+
+@pytest.mark.parametrize(
+    'factors, words',
+    [(torch.ones(2), ['factors', '[2]', '[2, 2]']), (torch.eye(2), ['gains'])],
+)
+def test_refusal_of_factors(factors, words):
+    refused(words, neural_solver, [0.5, 0.5], torch.zeros(2, 2), factors=factors)
 
 
 def test_the_error_bound_counts_the_gains():
