@@ -45,7 +45,7 @@ def _released_rule(coordinates: str, path: NoisePath) -> MultistepRule:
 
     return MultistepRule(weights, coordinates, path)
 
-
+# %% ../nbs/1_method/12_dpm_solvers.ipynb #e1f7dbb1
 def _multistep_rule(coordinates: str, path: NoisePath, exact: bool) -> MultistepRule:
     "The polynomial in the log-SNR, integrated exactly or as released."
     if exact:

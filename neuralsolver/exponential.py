@@ -77,7 +77,7 @@ def ipndm(
     grid = solver_grid(steps, path, spacing, t_start, t_end)
     return multistep(grid, order, _uniform_rule(path), 'ipndm', start, finish)
 
-
+# %% ../nbs/1_method/11_exponential.ipynb #756d41b7
 def ipndm_v(
     steps: int,  # number of steps N
     order: int = 4,  # evaluations per step, 1 to 4

@@ -208,7 +208,7 @@ def _file_faults(p: 'Protocol') -> list[tuple[bool, str]]:
         ),
     ]
 
-
+# %% ../nbs/4_measure/06_protocol.ipynb #2b450bab
 def _check_parts(p: 'Protocol'):
     "Do model, solvers, features and images fit one another?"
     for faults in (_solver_faults, _image_faults, _file_faults):

@@ -188,7 +188,7 @@ SOURCES = {
     'sampling': ('end_points', 'FashionExtractor', 'Sampler', '_tensors', 'shard'),
 }
 
-
+# %% ../nbs/4_measure/08_sampling.ipynb #fe6f4841
 def _defined(node: ast.AST) -> set[str]:
     "Names that a statement of a module defines."
     targets = {t.id for t in getattr(node, 'targets', []) if isinstance(t, ast.Name)}

@@ -162,7 +162,7 @@ def _umask() -> int:
     os.umask(mask)
     return mask
 
-
+# %% ../nbs/tools/02_utils.ipynb #417a5ca1
 def write_text(path: str | os.PathLike, text: str) -> Path:
     "Write a text file atomically."
     with atomic_path(path) as tmp:

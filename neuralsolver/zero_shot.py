@@ -195,7 +195,7 @@ def _rename_card(folder: Path):
         Store(folder / 'card.json', protocol, 'rendering').write(state)
         old.unlink()
 
-
+# %% ../nbs/5_diffusers/07_zero_shot.ipynb #7e6b2cb0
 def _picture(folder: str | os.PathLike, index: int) -> Path:
     return Path(folder) / f'{index:06d}.png'
 

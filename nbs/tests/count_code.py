@@ -49,6 +49,12 @@ def code_lines(source):
     return [line for line in lines if line and not line.lstrip().startswith('#')]
 
 
+def is_one_class(source):
+    "Is the cell a class with its methods and nothing else?"
+    body = ast.parse(source).body
+    return len(body) == 1 and isinstance(body[0], ast.ClassDef)
+
+
 def semicolon_lines(source):
     "Numbers of lines with a semicolon outside strings and comments."
     # magics and shell lines of notebooks are not Python
@@ -143,9 +149,11 @@ def sources_below(folder):
 def report_notebooks(library):
     "Large exported cells, and what is exported before anything is shown."
     exported = [c for cells in library for c in cells if c.exported]
-    sizes = [(f'{c.notebook}:{c.id}', len(code_lines(c.source))) for c in exported]
-    large = [f'{name} {n}' for name, n in sizes if n > MOST_CELL]
-    print_list(f'exported cells over {MOST_CELL} lines', large, 15)
+    large = [c for c in exported if len(code_lines(c.source)) > MOST_CELL]
+    classes = [c for c in large if is_one_class(c.source)]
+    print(f'exported cells over {MOST_CELL} lines that are one class each: {len(classes)}')
+    others = [f'{c.notebook}:{c.id} {len(code_lines(c.source))}' for c in large if c not in classes]
+    print_list(f'further exported cells over {MOST_CELL} lines', others, 15)
     hidden = sorted(((first_output(cells), cells[0].notebook) for cells in library), reverse=True)
     late = [f'{name} {n}' for n, name in hidden if n > MOST_HIDDEN]
     print_list(f'library notebooks with over {MOST_HIDDEN} exported lines before an output', late)

@@ -208,7 +208,7 @@ def _inject(nb: Mapping, kernel_name: str, parameters: dict[str, Any]):
             cell['source'] = translate_parameters(kernel_name, language, parameters, 'Parameters')
     nb['metadata']['papermill']['parameters'] = parameters
 
-
+# %% ../../nbs/tools/03_papermill_engine.ipynb #0d76ece7
 class NeuralSolverEngine:
     "Papermill's default engine; notebooks of ours are checked before the kernel starts."
 

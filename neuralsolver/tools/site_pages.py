@@ -40,7 +40,7 @@ def outside_code(
         end = m.end()
     return ''.join(pieces) + change(text[end:])
 
-
+# %% ../../nbs/tools/10_site_pages.ipynb #88c49146
 def rewrite_links(
     text: str,  # Markdown or HTML
     resolve: Callable[[str, bool], str],  # (target, raw HTML?) -> new target

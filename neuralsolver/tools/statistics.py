@@ -101,7 +101,7 @@ def paired_ratio(
 
     return bootstrapped(ratio, len(squares), draws)
 
-
+# %% ../../nbs/tools/05_statistics.ipynb #99d30ac2
 def ratio_of_ratios(
     squares: np.ndarray,  # [n] on one path
     baselines: np.ndarray,  # [k, n]
@@ -142,7 +142,7 @@ def within(
     means = values.groupby(np.asarray(group)).transform('mean')
     return (values - means).to_numpy()
 
-
+# %% ../../nbs/tools/05_statistics.ipynb #303ae5d6
 def slope_interval(
     x: Sequence[float],  # [n]
     y: Sequence[float],  # [n]
@@ -223,7 +223,7 @@ def distance_ratio(
         half_width = t.ppf(0.975, df) * math.hypot(errors[0] / a, errors[1] / b)
     return a / b, a / b * math.exp(-half_width), a / b * math.exp(half_width)
 
-
+# %% ../../nbs/tools/05_statistics.ipynb #08c74b53
 def fraction_left(
     values: Sequence[float],  # means: the solver, its rivals, the teacher
     errors: Sequence[float],  # their standard errors
