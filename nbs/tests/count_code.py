@@ -146,16 +146,21 @@ def sources_below(folder):
     return {f.relative_to(ROOT).as_posix(): f.read_text(encoding='utf-8') for f in files}
 
 
+def late_outputs(library):
+    "Notebooks that show nothing for long, the latest first."
+    hidden = sorted(((first_output(cells), cells[0].notebook) for cells in library), reverse=True)
+    return [f'{name} {n}' for n, name in hidden if n > MOST_HIDDEN]
+
+
 def report_notebooks(library):
     "Large exported cells, and what is exported before anything is shown."
-    exported = [c for cells in library for c in cells if c.exported]
-    large = [c for c in exported if len(code_lines(c.source)) > MOST_CELL]
+    cells = [c for notebook in library for c in notebook]
+    large = [c for c in cells if c.exported and len(code_lines(c.source)) > MOST_CELL]
     classes = [c for c in large if is_one_class(c.source)]
     print(f'exported cells over {MOST_CELL} lines that are one class each: {len(classes)}')
     others = [f'{c.notebook}:{c.id} {len(code_lines(c.source))}' for c in large if c not in classes]
     print_list(f'further exported cells over {MOST_CELL} lines', others, 15)
-    hidden = sorted(((first_output(cells), cells[0].notebook) for cells in library), reverse=True)
-    late = [f'{name} {n}' for n, name in hidden if n > MOST_HIDDEN]
+    late = late_outputs(library)
     print_list(f'library notebooks with over {MOST_HIDDEN} exported lines before an output', late)
 
 

@@ -54,7 +54,7 @@ def in_process(name, **parameters):
     return space
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def one_thread():
     "The notebook computes on one thread and draws without a screen; both are put back."
     threads, backend = torch.get_num_threads(), matplotlib.get_backend()
@@ -273,11 +273,16 @@ def check_numbers(s):
     assert ends == pytest.approx(s['lines']['yours'][0], abs=6e-4)
 
 
-def test_play_draws_what_the_sliders_say(one_thread):
-    log = played(in_process('play', noises=40)['playground'])
+@pytest.fixture(scope='module')
+def log(one_thread):
+    return played(in_process('play', noises=40)['playground'])
+
+
+def test_play_draws_what_the_sliders_say(log):
     for s in log.values():
         check_numbers(s)
-    end = {key: s['ends']['yours'] for key, s in log.items()}
+    assert len({s['picture'] for s in log.values()}) == len(log) - 1  # reset shows the first
+    assert log['reset']['picture'] == log['first']['picture']
     table = np.eye(4) * 1.5 - np.eye(4, k=-1) / 2
     table[0, 0] = 1
     assert log['first']['M'] == pytest.approx(table)
@@ -285,19 +290,24 @@ def test_play_draws_what_the_sliders_say(one_thread):
     for key, times in (('coefficient', [0.25, 0.5, 0.75, 1]), ('delta', [0.4, 0.6, 0.8, 1])):
         assert log[key]['M'] == pytest.approx(table)
         assert log[key]['lines']['yours'][0] == pytest.approx(times)
+
+
+def test_play_searches_from_what_the_sliders_say(log):
+    end = {key: s['ends']['yours'] for key, s in log.items()}
     losses = re.findall(r'pool (\S+) before, (\S+) after', log['descend']['status'])[0]
     assert float(losses[1]) < float(losses[0])
     assert end['search'] < end['delta'] / 2
     assert log['search']['ends']['start'] == end['first']
-    assert log['reset']['picture'] == log['first']['picture']
+    found = log['start searched']['ends']
+    assert found['yours'] < min(end['steps 3'], found['Euler'])
+
+
+def test_play_starts_where_it_is_told(log):
     assert log['steps 5']['start'] == 'ab2'
     assert log['steps 3']['start'] == 'ab2' and len(log['steps 3']['M']) == 3  # no such table
     published = get_solver('sit-xl-2', 5)
     M = (published.weights / published.span[:, None]).numpy()
     assert log['start sit-xl-2']['M'] == pytest.approx(M, abs=1e-3)
-    found = log['start searched']['ends']
-    assert found['yours'] < min(end['steps 3'], found['Euler'])
-    assert len({s['picture'] for s in log.values()}) == len(log) - 1
 
 
 def test_play_is_committed_without_widgets():

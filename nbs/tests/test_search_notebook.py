@@ -257,6 +257,17 @@ def test_benchmark_writes_its_files(tmp_path):
 
 
 # The study
+def comparable(made, committed):
+    "The rows and columns that both tables have, in one order."
+    if 'model' in committed:
+        there = set(zip(made.model, made.steps))
+        here = [key in there for key in zip(committed.model, committed.steps)]
+        committed = committed[here]
+    columns = [column for column in committed if column in made]
+    order = [c for c in ('model', 'steps', 'label', 'what', 'value') if c in columns]
+    return [t[columns].sort_values(order, ignore_index=True) for t in (made, committed)]
+
+
 def test_the_study_makes_the_committed_numbers_from_the_committed_records(tmp_path):
     reports, folder = NBS.parent / 'reports/search_study', tmp_path / 'search_study'
     folder.mkdir()
@@ -266,16 +277,7 @@ def test_the_study_makes_the_committed_numbers_from_the_committed_records(tmp_pa
     in_process('studies/search_study', **settings, reports_dir=str(tmp_path))
     for name in ('methods', 'cheaper', 'limits', 'ablation'):
         made, committed = (pd.read_csv(f / f'{name}.csv') for f in (folder, reports))
-        if 'model' in committed:
-            there = set(zip(made.model, made.steps))
-            here = [key in there for key in zip(committed.model, committed.steps)]
-            committed = committed[here].reset_index(drop=True)
-        columns = [column for column in committed if column in made]
-        order = [c for c in ('model', 'steps', 'label', 'what', 'value') if c in columns]
-        made, committed = (
-            t[columns].sort_values(order, ignore_index=True) for t in (made, committed)
-        )
-        pd.testing.assert_frame_equal(made, committed)
+        pd.testing.assert_frame_equal(*comparable(made, committed))
     for name in ('runs.jsonl', 'scores.jsonl'):
         assert (folder / name).read_bytes() == (reports / name).read_bytes()
 
