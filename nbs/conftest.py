@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# two test processes share the cores; torch is not imported yet, and notebooks started here follow
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 
 def pytest_collect_file(file_path, parent):
