@@ -78,10 +78,12 @@ def _minimised(
 
 # %% ../nbs/1_method/10_optimized_grids.ipynb #3e91e2c5
 @cache
-def _tabulated(init: str, steps: int) -> list[float] | None:
-    "Nodes on the paper's DDPM path as they were found once."
+def _tabulated(path: NoisePath, init: str, steps: int) -> list[float] | None:
+    "Nodes on the two paths of the models, started at t = 0.999, as they were found once."
+    if path not in (DDPMPath(), VPPath()):
+        return None
     nodes = json.loads(data_file('optimized_nodes.json').read_text())['nodes']
-    return nodes.get(init, {}).get(str(steps))
+    return nodes[type(path).__name__].get(init, {}).get(str(steps))
 
 # %% ../nbs/1_method/10_optimized_grids.ipynb #23acd5fe
 def optimized_nodes(
@@ -104,7 +106,7 @@ def optimized_nodes(
             f'optimised time steps need a finite signal-to-noise ratio at both ends of {path}: '
             f'give t_start and t_end inside it.'
         )
-    known = _tabulated(init, steps) if (path, order, method) == (DDPMPath(), 3, 'SLSQP') else None
+    known = _tabulated(path, init, steps) if (order, method) == (3, 'SLSQP') else None
     if known and abs(nodes[0] - known[0]) < 1e-12 and abs(nodes[-1] - known[-1]) < 1e-12:
         return torch.tensor(known, dtype=torch.float64)
     if inner:

@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from neuralsolver import VPPath, change_path, euler, list_solvers, load_solver, sample
+from neuralsolver import change_path, euler, list_solvers, load_solver, sample
 from neuralsolver.neural import classical_names, get_solver
-from neuralsolver.paths import DDPMPath, LinearPath
+from neuralsolver.paths import DDPMPath, LinearPath, VPPath
 
 KNOWN = {
     ('flowdcn-b-2', 5): 'ed5727348023',
@@ -27,7 +27,7 @@ def every_solver():
     "Every shipped table, and every classical rule on every grid."
     for name, counts in list_solvers().items():
         yield from (load_solver(name, n) for n in counts)
-    for path in (LinearPath(), DDPMPath()):
+    for path in (LinearPath(), DDPMPath(), VPPath()):
         for name in classical_names(path):
             yield from (get_solver(name, n, path) for n in (5, 8, 10))
 
