@@ -16,8 +16,8 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 
 def pytest_collect_file(file_path, parent):
-    "Numbered notebooks and the index; those for papermill have tests of their own."
-    if not re.fullmatch(r'(\d\d_.*|index)\.ipynb', file_path.name):
+    "Numbered notebooks, the index and the guide; those for papermill have tests of their own."
+    if not re.fullmatch(r'(\d\d_.*|index|guide)\.ipynb', file_path.name):
         return None
     metadata = json.loads(file_path.read_text(encoding='utf-8'))['metadata']
     if metadata.get('neuralsolver', {}).get('papermill'):

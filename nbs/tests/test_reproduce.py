@@ -369,9 +369,10 @@ def test_curves_notebook_writes_its_files(tmp_path):
 # numbers of the README
 
 
-def test_readme_tables_are_those_of_the_files():
-    "The cells of index.ipynb, run now on the files in reports/, give the committed outputs."
-    nb = json.loads((ROOT / 'nbs/index.ipynb').read_text())
+@pytest.mark.parametrize('page', ['index', 'guide'])
+def test_readme_tables_are_those_of_the_files(page):
+    "The cells of a page, run now on the files in reports/, give the committed outputs."
+    nb = json.loads((ROOT / f'nbs/{page}.ipynb').read_text())
     scope = {}
     for cell in nb['cells']:
         if cell['cell_type'] != 'code':
@@ -382,15 +383,16 @@ def test_readme_tables_are_those_of_the_files():
         exec(source.replace('import Markdown, display', 'import Markdown'), scope)
         outputs = [output['data'] for output in cell['outputs'] if 'data' in output]
         committed = [''.join(data.get('text/markdown', '')) for data in outputs]
-        assert [s.data for s in shown] == committed, f'run nbs/index.ipynb again: {source[:80]}'
+        assert [s.data for s in shown] == committed, f'run nbs/{page}.ipynb again: {source[:80]}'
 
 
-def test_readme_has_no_typed_measured_number():
+@pytest.mark.parametrize('page', ['index', 'guide'])
+def test_readme_has_no_typed_measured_number(page):
     "Decimal numbers in its prose are settings or identifiers, each named here."
-    nb = json.loads((ROOT / 'nbs/index.ipynb').read_text())
+    nb = json.loads((ROOT / f'nbs/{page}.ipynb').read_text())
     prose = '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown')
     code = r'(?s)```.*?```|`[^`]*`|\]\([^)]*\)|(?m:^    .*$)|theorem \d\.\d'
     allowed = {'2505.21114', '2402.17376', '3.11', '1.375', '1.5', '0.1'}
     numbers = re.findall(r'(?<![\w.-])\d+\.\d+(?![\w-])', re.sub(code, ' ', prose))
     typed = [n for n in numbers if n not in allowed and not n.startswith('2.0')]
-    assert not typed, f'let a cell of index.ipynb write them: {typed}'
+    assert not typed, f'let a cell of {page}.ipynb write them: {typed}'

@@ -35,7 +35,7 @@ GROUPS = {  # title: folder below nbs/
     'Studies': 'studies',
     'Tools': 'tools',
 }
-FIRST = 'start play eval curves search train sweep zero_shot reproduce claims errata'.split()
+FIRST = 'start guide play eval curves search train sweep zero_shot reproduce claims errata'.split()
 
 
 def navigation(
