@@ -12,7 +12,8 @@ from typing import Mapping
 import torch
 from torch import Tensor
 
-from .neural import CLASSICAL, EXPONENTIAL, get_solver, list_solvers, load_solver
+from .neural import get_solver, list_solvers, load_solver
+from .rules import check_rule
 from .paths import NoisePath
 from .solvers import Solver
 from .utils import check_choice
@@ -61,9 +62,7 @@ def _named_table(name: str, path: NoisePath) -> Solver | None:  # None: a classi
     tables = list_solvers()
     if name in tables:
         return load_solver(name, tables[name][0])
-    classical = CLASSICAL if path.coordinates == 'velocity' else EXPONENTIAL
-    if name.partition('@')[0] not in classical:
-        check_choice('solver', name, [*tables, *classical])
+    check_rule(name.partition('@')[0], path, tables)
     get_solver(name, 2, path)  # refuses an unknown grid
     return None
 

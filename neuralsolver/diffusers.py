@@ -18,8 +18,9 @@ from ._pipeline_field import DiffusersField, pipeline_field
 from ._conventions import PREDICTION_TYPES
 from ._scheduler import NeuralSolverScheduler
 from .coordinates import COORDINATES
-from .neural import CLASSICAL, get_solver
+from .neural import get_solver
 from .paths import DDPMPath, LinearPath, NoisePath, ShiftedPath, VPPath
+from .rules import classical_solver
 from .solvers import Solver
 from .transfer import change_path
 from .utils import check_choice, check_float, check_int
@@ -147,7 +148,7 @@ def _shift(self: FlowNeuralSolverScheduler, mu: float | None) -> float:
 @patch
 def _classical(self: FlowNeuralSolverScheduler, name: str, n: int, shift: float) -> Solver:
     "A classical rule for n evaluations, derived for the grid it runs on."
-    solver = CLASSICAL[name](n)
+    solver = get_solver(name, n)
     if solver.nfe != n:
         advice = ", use 'heun-nfe'." if name == 'heun' else '.'
         raise ValueError(
@@ -156,7 +157,8 @@ def _classical(self: FlowNeuralSolverScheduler, name: str, n: int, shift: float)
         )
     if shift == 1:
         return solver
-    return CLASSICAL[name](n, ShiftedPath(shift).alpha(solver.nodes.unique()))
+    rule = name.partition('@')[0]
+    return classical_solver(rule, n, nodes=ShiftedPath(shift).alpha(solver.nodes.unique()))
 
 # %% ../nbs/5_diffusers/01_diffusers.ipynb #5c0b11e4
 @patch

@@ -22,10 +22,11 @@ from neuralsolver.checkpoints import (
     model_file,
     model_path,
 )
-from .neural import CLASSICAL, EXPONENTIAL, get_solver, list_solvers
+from .neural import get_solver, list_solvers
 from .paths import NoisePath
 from .precision import COMPILE, PRECISIONS, check_device
 from .reported import GRIDS_OF_TABLE_2
+from .rules import classical_rules
 from .solvers import Solver
 from .teachers import teacher_solver
 from .utils import check_choice, check_float, check_int, data_file, split_names
@@ -103,7 +104,7 @@ def select_solvers(
     names = [*DEFAULT_SOLVERS[path_family(p.path)], *([p.model] if trained_here else [])]
     chosen, left_out, tables = {}, {}, list_solvers()
     for name in names:
-        classical = name.partition('@')[0] in (*CLASSICAL, *EXPONENTIAL)
+        classical = name.partition('@')[0] in classical_rules(p.path)
         if classical or p.steps in tables.get(name, ()):
             chosen[name] = get_solver(name, p.steps, p.path)
         else:

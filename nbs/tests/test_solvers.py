@@ -10,8 +10,9 @@ from exact_cases import F64, count_calls, rand, rms, slope
 from neuralsolver.classical import adams_bashforth, euler, heun, midpoint, rk4, uniform_grid
 from neuralsolver.exponential import ipndm
 from neuralsolver.fields import GaussianMixture
-from neuralsolver.neural import CLASSICAL, get_solver, list_solvers, load_solver, neural_solver
+from neuralsolver.neural import get_solver, list_solvers, load_solver, neural_solver
 from neuralsolver.paths import LinearPath, VPPath
+from neuralsolver.rules import VELOCITY
 from neuralsolver.solvers import Solver, sample
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning:diffusers.*')  # numpy 2
@@ -223,7 +224,7 @@ def test_measured_order_of_adams_bashforth(exact, order):
 EXPECTED_NFE = {'midpoint': 2, 'heun': 2, 'rk4': 4}  # per step; 1 for all others
 
 
-@pytest.mark.parametrize('name', CLASSICAL)
+@pytest.mark.parametrize('name', (*VELOCITY, 'ipndm'))
 def test_nfe_is_the_number_of_calls(name):
     for steps in (1, 2, 3, 4, 5, 8, 15):
         solver = get_solver(name, steps)

@@ -10,8 +10,9 @@ from exact_cases import F64, count_calls, rand
 
 from neuralsolver.classical import adams_bashforth, rk4
 from neuralsolver.fields import GaussianMixture
-from neuralsolver.neural import CLASSICAL, get_solver, list_solvers, load_solver, neural_solver
+from neuralsolver.neural import get_solver, list_solvers, load_solver, neural_solver
 from neuralsolver.paths import LinearPath, VPPath
+from neuralsolver.rules import VELOCITY
 from neuralsolver.solvers import Solver, sample, save_solver
 from neuralsolver.transfer import change_path
 
@@ -178,7 +179,7 @@ def test_at_an_end_without_noise_a_moved_solver_stays_finite():
 
 
 def every_solver():
-    for name in CLASSICAL:
+    for name in (*VELOCITY, 'ipndm'):
         yield get_solver(name, 7)
     for name, counts in list_solvers().items():
         for steps in counts:
