@@ -122,7 +122,7 @@ GRIDS = (*SPACINGS, *OPTIMIZED)
 def solver_grid(
     steps: int,  # number of steps N
     path: NoisePath,  # where the times live
-    spacing: str | Tensor,  # a name from GRIDS, shifted-S, power-P, or the N + 1 nodes
+    spacing: str | Tensor,  # a name from GRIDS, one as in NUMBERED, or the N + 1 nodes
     t_start: float | None,  # first time; None = the path's noise
     t_end: float | None,  # last time; None = the path's t_end
 ) -> Tensor:  # float64 [N + 1]
