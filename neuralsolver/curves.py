@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .evaluate import evaluate, protocol_card
+from .evaluate import STATISTICS, distance_of, evaluate, protocol_card
 from .checkpoints import model_path
 from .neural import list_solvers
 from .protocol import PROTOCOLS, Protocol, path_family, protocol_sentence
@@ -24,7 +24,8 @@ from neuralsolver.reported import (
     reported_number,
     reported_protocol,
 )
-from .tables import TITLES, markdown, mean_sd, mean_sd_cells
+from .sampling import work_bar
+from .tables import TITLES, cells_of, markdown, mean_sd_cells
 from .utils import atomic_path, check_choice, split_names, write_json, write_text
 
 # %% ../nbs/4_measure/12_curves.ipynb #e5a2dd03
@@ -130,7 +131,9 @@ def evaluate_curve(
     for m in reported or ():
         check_choice('reported', m, REPORTED_METRICS)
     _check_protocols(protocols)
-    parts = [evaluate(p, progress, shards_dir, processes)[0] for p in protocols]
+    with work_bar(protocols, shards_dir, progress and processes == 1) as bar:
+        shown = bar if processes == 1 else progress
+        parts = [evaluate(p, shown, shards_dir, processes)[0] for p in protocols]
     floors = parts[-1][parts[-1].solver.isin(FLOORS)]
     rows = pd.concat([part[~part.solver.isin(FLOORS)] for part in parts])
     order = list(dict.fromkeys(name for p in protocols for name in p.chosen))
@@ -182,16 +185,17 @@ def curve_markdown(
     rows = table[~table.solver.isin(FLOORS)]
     floors = table[table.solver.isin(FLOORS)]
     blocks = []
-    for m in ('rmse', *PROTOCOLS[p.protocol]):
-        floor = '' if m == 'rmse' else _floor_text(floors, m)  # of the teacher to itself: 0
-        blocks.append(_block(f'{TITLES[m]}, measured', rows, mean_sd_cells(rows, m), floor))
+    errors = ('error', 'strays', 'rmse', 'ratio', f'{distance_of(p)}_above')
+    for m in (*errors, *PROTOCOLS[p.protocol]):
+        floor = '' if m in errors else _floor_text(floors, m)  # the teacher's error is 0
+        blocks.append(_block(f'{TITLES[m]}, measured', rows, cells_of(rows, m), floor))
     blocks += [_reported_block(table, rows, m, p.model) for m in REPORTED_METRICS]
     spends = [
         f'{r.solver} spends {int(r.nfe)} evaluations in {int(r.steps)} steps'
         for r in rows.itertuples()
         if r.nfe != r.steps
     ]
-    end = f'Measured: {protocol_sentence(p)} Columns: steps. '
+    end = f'Measured: {protocol_sentence(p)} Columns: steps. {STATISTICS} '
     end += f'Reported: {reported_protocol(p.model)}.'
     if spends:
         end += ' ' + '; '.join(sorted(set(spends))) + '.'

@@ -21,14 +21,18 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #b387944f
 from .image_files import export_npz
 from .inception import image_metrics
 from .fashion_features import Features, real_test
+from .figure_style import solver_kind
 from neuralsolver.metrics import (
+    STRAY,
     blocks,
     compute_metrics,
+    error_statistics,
     frechet_distance,
     metrics_protocol,
     moments,
@@ -51,21 +55,22 @@ from neuralsolver.sampling import (
 )
 from .shards import Shards, workers
 from .solvers import Solver
-from .tables import TITLES, markdown, mean_sd_cells
-from .utils import atomic_path, check_int, reports_root, write_json, write_text
+from .tables import TITLES, cells_of, markdown
+from .utils import atomic_path, check_int, results_folder, results_root
+from .utils import write_json, write_text
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #f927d43a
 def measure(
     p: Protocol,  # what is evaluated
     shards: Shards,  # complete, of one row and seed
     reference,  # from `reference_of`
-) -> dict[str, float]:  # metrics of the protocol, rmse, seconds
+) -> dict[str, float]:  # metrics of the protocol, statistics of the error, seconds
     "The numbers of one row and seed, read from its shards."
-    rmse = shards.rows('square_error')[:].mean().sqrt().item()
-    always = dict(
-        rmse=rmse if math.isfinite(rmse) else math.nan,
-        seconds=sum(info['seconds'] for info in shards.infos()),
-    )
+    errors = shards.rows('square_error')[:].sqrt()
+    always = error_statistics(errors)
+    if not errors.isfinite().all():
+        always = dict.fromkeys(always, math.nan)
+    always |= dict(seconds=sum(info['seconds'] for info in shards.infos()))
     if not all(block.isfinite().all() for block in blocks(shards.rows('features'))):
         return dict.fromkeys(PROTOCOLS[p.protocol], math.nan) | always
     if p.protocol != 'fashion':
@@ -74,6 +79,56 @@ def measure(
     features = Features(shards.rows('features')[:], shards.rows('logits')[:])
     labels = torch.arange(len(shards)) % 10
     return compute_metrics(features, labels, reference) | always
+
+# %% ../nbs/4_measure/03_evaluate.ipynb #f1900002
+def distance_of(p: Protocol) -> str:
+    "The Frechet distance of a protocol: 'fd' or 'fid'."
+    return PROTOCOLS[p.protocol][0]
+
+
+def above_teacher(
+    seeds: list[dict],  # metrics of a row, one a seed
+    teacher: list[dict],  # the same of the teacher
+    metric: str,  # a Frechet distance
+) -> dict[str, float]:  # METRIC_above, and the same with _sd, _low, _high
+    "How far a distance lies above the teacher's, seed by seed: mean, sd, 95 % t interval."
+    from scipy.stats import t
+
+    pairs = zip(seeds, teacher, strict=True)
+    differences = pd.Series([one[metric] - other[metric] for one, other in pairs], dtype=float)
+    n, mean, sd = len(differences), differences.mean(), differences.std()
+    half_width = t.ppf(0.975, n - 1) * sd / n**0.5 if n > 1 else math.nan
+    values = (mean, sd, mean - half_width, mean + half_width)
+    return {f'{metric}_above{end}': v for end, v in zip(('', '_sd', '_low', '_high'), values)}
+
+# %% ../nbs/4_measure/03_evaluate.ipynb #f1900005
+def resampled_means(
+    errors: np.ndarray,  # [rows, n]
+    draws: int = 1000,
+) -> np.ndarray:  # [draws, rows]
+    "Means of all rows over samples drawn with replacement, the same for all rows."
+    rng = np.random.default_rng(0)
+    n = errors.shape[1]
+    counts = (np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(draws))
+    return np.stack([errors @ count / n for count in counts])
+
+
+def ratios_to_best(
+    errors: dict[str, np.ndarray],  # error of every sample by row [n]
+    baselines: list[str],  # rows among which the best is chosen
+) -> pd.DataFrame:  # ratio, ratio_low, ratio_high by row
+    "Mean error over that of the best baseline, with its 95 % interval over samples."
+    finite = [name for name in baselines if np.isfinite(errors[name]).all()]
+    if not finite:
+        return pd.DataFrame(math.nan, index=list(errors), columns=RATIO)
+    means = pd.DataFrame({name: [e.mean()] for name, e in errors.items()})
+    drawn = pd.DataFrame(resampled_means(np.stack([*errors.values()])), columns=means.columns)
+    value = means.div(means[finite].min(axis=1), axis=0).iloc[0]
+    low, high = drawn.div(drawn[finite].min(axis=1), axis=0).quantile([0.025, 0.975]).to_numpy()
+    return pd.DataFrame(dict(zip(RATIO, (value, low, high))), index=list(errors))
+
+
+RATIO = ['ratio', 'ratio_low', 'ratio_high']
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #79c639ce
 def real_rows(p: Protocol, reference) -> list[dict]:
@@ -91,7 +146,16 @@ def real_rows(p: Protocol, reference) -> list[dict]:
     ]
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #b46f876f
-def summary(p: Protocol, name: str, solver: Solver | None, seeds: list[dict]) -> dict:
+ERRORS = ('rmse', 'mean_error', 'median_error', 'strays')
+
+
+def summary(
+    p: Protocol,  # what is evaluated
+    name: str,  # of the row
+    solver: Solver | None,  # of the row; None: real images
+    seeds: list[dict],  # from `measure`, one a seed
+    teacher: list[dict] | None = None,  # the same of the teacher; None: nothing to be paired with
+) -> dict:
     "One row of the table: mean and standard deviation (n - 1) over seeds, the paper's numbers."
     frame = pd.DataFrame(seeds)
     mean, sd = frame.mean(), frame.std()
@@ -104,12 +168,26 @@ def summary(p: Protocol, name: str, solver: Solver | None, seeds: list[dict]) ->
         params=solver.params if solver else None,
         samples=int(mean.get('samples', sum(p.counts[: len(seeds)]))),
     )
-    for metric in (*PROTOCOLS[p.protocol], 'rmse'):
+    for metric in (*PROTOCOLS[p.protocol], *ERRORS):
         row |= {metric: mean.get(metric), f'{metric}_sd': sd.get(metric)}
+    row |= above_teacher(seeds, teacher, distance_of(p)) if teacher else {}
     row |= dict(seconds=frame['seconds'].sum() if solver else None)
     steps = solver.steps if solver else 0
     reported = ('fid',) if p.protocol == 'fashion' else PROTOCOLS[p.protocol]
     return row | {f'reported_{m}': reported_number(p.model, name, steps, m) for m in reported}
+
+# %% ../nbs/4_measure/03_evaluate.ipynb #f1900007
+def sample_ratios(
+    p: Protocol,  # what is evaluated
+    folders: dict[tuple[str, int], Shards],  # from `row_shards`, complete
+) -> pd.DataFrame:  # from `ratios_to_best`
+    "Ratios of all solvers to the best classical one, from the errors of all samples."
+    errors = {}
+    for name in p.chosen:
+        squares = [folders[name, seed].rows('square_error')[:] for seed in p.seed_list]
+        errors[name] = torch.cat(squares).sqrt().numpy()
+    rules = [name for name in p.chosen if solver_kind(name) == 'classical']
+    return ratios_to_best(errors, [name for name in rules if p.chosen[name].nfe <= p.steps])
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #e6cf474a
 def evaluate_shards(
@@ -120,21 +198,25 @@ def evaluate_shards(
     "The table, from the shards."
     folders = row_shards(p, shards_dir, row_identity(p))
     reference = reference_of(p, shards_dir, progress)
-    solvers = {**p.chosen, 'teacher': p.teacher}
+    seeds = {
+        name: [measure(p, folders[name, seed], reference) for seed in p.seed_list]
+        for name in (*p.chosen, 'teacher')
+    }
     rows, examples = [], {}
-    for name, solver in solvers.items():
-        seeds = [measure(p, folders[name, seed], reference) for seed in p.seed_list]
-        rows.append(summary(p, name, solver, seeds))
+    for name, solver in {**p.chosen, 'teacher': p.teacher}.items():
+        paired_with = None if name == 'teacher' else seeds['teacher']
+        rows.append(summary(p, name, solver, seeds[name], paired_with))
         first = folders[name, p.seed_list[0]]
         examples[name] = first.rows('examples')[: min(EXAMPLES, p.counts[0])]
     if real := real_rows(p, reference):
         rows.append(summary(p, 'real', None, real))
-    return pd.DataFrame(rows), examples
+    table = pd.DataFrame(rows).join(sample_ratios(p, folders), on='solver')
+    return table, examples
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #68826261
 def evaluate(
     protocol: Protocol,  # what to evaluate
-    progress: bool = True,  # tqdm progress bar
+    progress: bool | tqdm = True,  # tqdm progress bar, or one of `work_bar`
     shards_dir: str
     | os.PathLike
     | None = None,  # where results are kept; None = removed afterwards
@@ -148,7 +230,7 @@ def evaluate(
         compute_shards(protocol, shards_dir, progress)
     else:
         launch(protocol, shards_dir, processes)
-    return evaluate_shards(protocol, shards_dir, progress)
+    return evaluate_shards(protocol, shards_dir, progress is True)
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #479fae47
 def launch(p: Protocol, shards_dir: str | os.PathLike, processes: int):
@@ -209,18 +291,38 @@ def protocol_card(p: Protocol, shards_dir: str | os.PathLike) -> dict:
     )
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #163aea5a
-def table_markdown(table: pd.DataFrame, p: Protocol) -> str:
-    "The table for readers: mean ± sd, the paper's numbers, the protocol."
-    names = dict(solver='solver', steps='steps', nfe='NFE', params='numbers searched')
-    shown = table[list(names)].rename(columns=names)
-    for m in ('rmse', *PROTOCOLS[p.protocol]):
-        shown[TITLES[m]] = mean_sd_cells(table, m)
+def _columns(table: pd.DataFrame, p: Protocol) -> dict[str, list | pd.Series]:
+    "What readers see of a table: title and cells."
+    distance = distance_of(p)
+    names = dict(solver='solver', nfe='NFE')
+    shown = {title: table[name] for name, title in names.items()}
+    metrics = ['error', 'strays', 'rmse', distance, f'{distance}_above', 'ratio']
+    if p.protocol != 'fashion':
+        metrics += PROTOCOLS[p.protocol][1:]
+    shown |= {TITLES[m]: cells_of(table, m) for m in metrics}
     reported = [c for c in table.columns if c.startswith('reported_')]
     reported = [c for c in reported if c == 'reported_fid' or table[c].notna().any()]
-    for c in reported:
-        shown[f'{TITLES[c.removeprefix("reported_")]} reported'] = table[c]
-    what = 'Reported numbers' if len(reported) > 1 else 'FID reported'
-    sentence = f'{protocol_sentence(p)} {what}, from the paper: {reported_protocol(p.model)}.'
+    return shown | {f'{TITLES[c.removeprefix("reported_")]} reported': table[c] for c in reported}
+
+
+STATISTICS = (
+    "Error: root mean square difference of a sample from the teacher's, mean (median) over "
+    f'samples. Strays: share of samples with an error above {STRAY}. Above the teacher: difference '
+    'from the teacher on the same seed, mean ± sd over seeds. Ratio: mean error over that of the '
+    'best classical row, with its 95 % interval over samples.'
+)
+
+
+def table_markdown(table: pd.DataFrame, p: Protocol) -> str:
+    "The table for readers: mean ± sd, the paper's numbers, the protocol."
+    shown = pd.DataFrame(_columns(table, p))
+    several = sum(name.endswith(' reported') for name in shown) > 1
+    what = 'Reported numbers' if several else 'FID reported'
+    sentence = f'{protocol_sentence(p)} {STATISTICS}'
+    sentence += f' {what}, from the paper: {reported_protocol(p.model)}.'
+    rest = [TITLES[m] for m in PROTOCOLS[p.protocol] if TITLES[m] not in shown]
+    if rest:
+        sentence += f' In the CSV as well: {", ".join(rest)}.'
     return '\n'.join([markdown(shown), '', sentence, '', *protocol_notes(p)]) + '\n'
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #90c6c3fe
@@ -250,7 +352,7 @@ def main(args: list[str] | None = None):
     "`python -m neuralsolver.evaluate`, alone or under `accelerate launch`."
     parser = argparse.ArgumentParser(
         prog='neuralsolver.evaluate',
-        description='Sample by shards, measure, write reports/eval_MODEL_STEPS.*',
+        description='Sample by shards, measure, write eval_MODEL_STEPS.*',
         allow_abbrev=False,
     )
     kinds = field_types(Protocol)
@@ -258,13 +360,13 @@ def main(args: list[str] | None = None):
         default = 'not given, or as the profile says' if f.default is None else f.default
         text = f'{kinds[f.name].__name__}; default: {default}'
         parser.add_argument(f'--{f.name}', type=kinds[f.name], default=f.default, help=text)
-    parser.add_argument('--reports_dir', help='default: reports/ of the repository')
-    parser.add_argument('--shards_dir', help='one for all machines; default: REPORTS_DIR/shards')
+    parser.add_argument('--reports_dir', help='default: a folder of this command in results/')
+    parser.add_argument('--shards_dir', help='one for all machines; default: results/shards')
     parser.add_argument('--only_shards', action='store_true', help='write no reports')
     given = vars(parser.parse_args(args))
-    reports = reports_root(given['reports_dir'])
-    shards = given['shards_dir'] or reports / 'shards'
     p = Protocol.from_parameters(given)
+    reports = results_folder('eval', given)
+    shards = given['shards_dir'] or results_root(given['reports_dir']) / 'shards'
     state = workers(p.device)
     compute_shards(p, shards, state.is_local_main_process)
     if state.is_main_process and not given['only_shards']:

@@ -141,11 +141,14 @@ def name_line_ends(
     lines = [line for line in ax.get_lines() if not line.get_label().startswith('_')]
     height = [ax.transData.transform((0, line.get_ydata()[-1]))[1] - box.y0 for line in lines]
     step = 1.15 * size * ax.figure.dpi / 72
-    place = -np.inf
+    place, before = -np.inf, 0
     for i in np.argsort(height):
-        place = max(height[i], place + step)
+        label = lines[i].get_label()
+        high = 1 + label.count('\n')
+        place = max(height[i], place + step * (high + before) / 2)
+        before = high
         ax.annotate(
-            lines[i].get_label(),
+            label,
             (1.02, place / box.height),
             xycoords='axes fraction',
             va='center',

@@ -316,29 +316,48 @@ def _say_what_differs(folders: dict[tuple[str, int], Shards]):
 # %% ../nbs/4_measure/08_sampling.ipynb #2b75be03
 def _compute(units: list[Unit], folders: dict[tuple[str, int], Shards], sampler: Sampler):
     "Sample, compare with the teacher, write."
-    rows = sampler.p.rows
+    p, rows = sampler.p, sampler.p.rows
     for seed, (a, b), names in units:
         for name in names:
+            row, which = [*rows].index(name) + 1, p.seed_list.index(seed) + 1
+            solver = f'solver {row}/{len(rows)} {name[:18]}, seed {which}/{len(p.seed_list)}'
+            sampler.bar.set_description_str(f'{p.steps} steps, {solver}')
             exact = None if name == 'teacher' else folders['teacher', seed].rows('end_point')[a:b]
             sampler.shard(folders[name, seed], rows[name], seed, a, b, exact)
 
 
-def _bar(p: Protocol, units: list[Unit], progress: bool) -> tqdm:
-    "A progress bar over the images times the network evaluations of each."
-    total = sum((b - a) * p.rows[name].nfe for _, (a, b), names in units for name in names)
-    return tqdm(
-        total=total,
-        desc=f'{p.model}, {p.steps} steps',
-        unit='image·NFE',
-        disable=not progress or not total,
-        mininterval=2,
-    )
+def _work(p: Protocol, folders: dict[tuple[str, int], Shards], units: list[Unit]) -> dict:
+    "Images times network evaluations of every shard to be computed."
+    return {
+        (folders[name, seed].folder, a): (b - a) * p.rows[name].nfe
+        for seed, (a, b), names in units
+        for name in names
+    }
+
+
+def _bar(work: dict, progress: bool) -> tqdm:
+    "A progress bar over the work, which is in proportion to the time."
+    total = sum(work.values())
+    return tqdm(total=total, unit='image·NFE', disable=not progress or not total, mininterval=1)
+
+
+def work_bar(
+    protocols: list[Protocol],  # computed one after another
+    shards_dir: str | os.PathLike,  # where their shards are
+    progress: bool = True,  # False = a bar that shows nothing
+) -> tqdm:
+    "One progress bar for several protocols; what they share is counted once."
+    work = {}
+    for p in protocols if progress else []:
+        folders = row_shards(p, shards_dir, row_identity(p))
+        work |= _work(p, folders, _units(p, folders))
+    return _bar(work, progress)
 
 # %% ../nbs/4_measure/08_sampling.ipynb #75163ac0
 def compute_shards(
     p: Protocol,  # what is evaluated
     shards_dir: str | os.PathLike,  # one folder for all processes and machines
-    progress: bool = True,  # tqdm progress bar of this process
+    progress: bool | tqdm = True,  # progress bar of this process; one of `work_bar` is shared
 ):
     "This process's share of the shards to be computed; returns when all processes are done."
     state = workers(p.device)
@@ -349,13 +368,18 @@ def compute_shards(
     if state.is_main_process:
         remove_unfinished(shards_dir)
         if source is not None and not Path(source).is_dir():
-            reference_of(p, shards_dir, progress)  # checked now; a folder takes an hour, later
+            reference_of(
+                p, shards_dir, progress is True
+            )  # checked now; a folder takes an hour, later
         _say_what_differs(folders)
     units = _units(p, folders)
     state.wait_for_everyone()  # no process writes before all have the same list
     mine = units[state.process_index :: state.num_processes]
     device = torch.device(p.device) if state.num_processes == 1 else state.device
     process = f'{state.process_index} of {state.num_processes}'
-    with _bar(p, mine, progress) as bar:
-        _compute(mine, folders, Sampler(p, device, bar, process))
+    shared = isinstance(progress, tqdm)
+    bar = progress if shared else _bar(_work(p, folders, mine), progress)
+    _compute(mine, folders, Sampler(p, device, bar, process))
+    if not shared:
+        bar.close()
     state.wait_for_everyone()

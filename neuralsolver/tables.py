@@ -10,9 +10,16 @@ import pandas as pd
 
 # %% ../nbs/4_measure/11_tables.ipynb #d31f058e
 TITLES = {
+    'error': 'error: mean (median)',
+    'mean_error': 'mean error to teacher',
+    'median_error': 'median error to teacher',
+    'strays': 'strays',
     'rmse': 'RMSE to teacher',
     'fd': 'FD (fashion-cnn)',
+    'fd_above': 'FD above teacher, paired',
     'fid': 'FID',
+    'fid_above': 'FID above teacher, paired',
+    'ratio': 'error / best classical',
     'sfid': 'sFID',
     'is': 'IS',
     'kid': 'KID',
@@ -20,7 +27,7 @@ TITLES = {
     'recall': 'recall',
     'accuracy': 'accuracy',
 }
-DIGITS = dict.fromkeys(TITLES, 2) | {'rmse': 4, 'accuracy': 3}  # after the decimal point
+DIGITS = dict.fromkeys(TITLES, 2) | {'rmse': 4, 'mean_error': 4, 'accuracy': 3}  # after the point
 
 # %% ../nbs/4_measure/11_tables.ipynb #84b70b99
 def mean_sd(
@@ -42,6 +49,43 @@ def mean_sd_cells(
     "A metric of an evaluation, as text."
     pairs = zip(table[metric], table[f'{metric}_sd'])
     return [mean_sd(mean, sd, DIGITS[metric]) for mean, sd in pairs]
+
+
+def _error_cell(row) -> str:
+    "`0.0123 (0.0098)`."
+    return f'{row.mean_error:.4f} ({row.median_error:.4f})'
+
+
+def _strays_cell(row) -> str:
+    "`3.4 %`."
+    return f'{100 * row.strays:.1f} %'
+
+
+def _ratio_cell(row) -> str:
+    "`0.34 (0.33 to 0.35)`."
+    return f'{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})'
+
+
+def _rmse_cell(row) -> str:
+    "`0.0184 ± 0.0021`."
+    return mean_sd(row.rmse, row.rmse_sd, DIGITS['rmse'])
+
+
+_CELLS = {'error': _error_cell, 'strays': _strays_cell, 'ratio': _ratio_cell, 'rmse': _rmse_cell}
+
+
+def cells_of(
+    table: pd.DataFrame,  # of an evaluation
+    metric: str,  # a key of TITLES
+) -> list[str]:  # a cell a row; empty where there is no number, or where it is zero by definition
+    "A metric of a table as text, in its own form."
+    if metric not in _CELLS:
+        return mean_sd_cells(table, metric)
+    is_shown = table[dict(error='mean_error').get(metric, metric)].notna()
+    is_shown &= table.solver != 'teacher'
+    return [
+        _CELLS[metric](row) if there else '' for row, there in zip(table.itertuples(), is_shown)
+    ]
 
 # %% ../nbs/4_measure/11_tables.ipynb #ae50f61a
 def _cell(value) -> str:

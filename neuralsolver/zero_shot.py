@@ -257,7 +257,8 @@ def _distance(a: Path, b: Path) -> float:
     return np.sqrt(((read_image(a) / 255 - read_image(b) / 255) ** 2).mean())
 
 # %% ../nbs/5_diffusers/07_zero_shot.ipynb #c72361f7
-SIDE, GAP, LEFT, TOP = 0.85, 0.12, 1.1, 0.75  # inches: pictures, between groups, names, title
+SIDE, LEFT, TOP = 0.6, 0.95, 0.55  # inches: pictures, names, title
+GAP = 0.42  # inches at the left of a group, for the RMSE of its rows
 
 # %% ../nbs/5_diffusers/07_zero_shot.ipynb #c72361f6
 def contact_sheet(
@@ -278,16 +279,19 @@ def contact_sheet(
         bottom = height - TOP - (r + 1) * SIDE
         for g, cell in enumerate(cells):
             for k, file in enumerate(picture_files(Path(folder) / cell.folder, columns)):
-                corner = (LEFT + g * group + k * SIDE) / width, bottom / height
+                left = LEFT + g * group + GAP + k * SIDE
+                corner = left / width, bottom / height
                 ax = fig.add_axes([*corner, 0.97 * SIDE / width, 0.97 * SIDE / height])
-                _show(ax, read_image(file), cell.rmse if k == 0 else 0)
+                _show(ax, read_image(file))
                 if r == 0:
                     above = f'{steps[g]} steps\n' if k == 0 else ''
                     _caption(ax, above, reference.prompts[k])
-        middle = (bottom + SIDE / 2) / height
-        fig.text(1.03 / width, middle, name, ha='right', va='center', fontsize=6.5)
-    title = f'{title}; white: RMSE to the reference'
-    fig.text(0.5, 1 - 0.1 / height, title, ha='center', va='top', fontsize=7.5)
+            if cell.rmse > 0:
+                right = LEFT + g * group + GAP - 0.04
+                _put(fig, right, bottom + SIDE / 2, f'{cell.rmse:.3f}')
+        _put(fig, LEFT - 0.05, bottom + SIDE / 2, name)
+    title = f'{title}; numbers: RMSE to the reference, all samples'
+    fig.text(0.5, 1 - 0.05 / height, title, ha='center', va='top', fontsize=8)
     return fig
 
 # %% ../nbs/5_diffusers/07_zero_shot.ipynb #5c1011e7
@@ -301,19 +305,21 @@ def _sheet_rows(table: pd.DataFrame, reference: Rendering) -> list[tuple[str, li
     return [*rows, (f'reference:\n{reference.folder}', [last] * len(steps))]
 
 
-def _show(ax, image: np.ndarray, rmse: float):
-    "A picture, with its row's RMSE if that is not 0."
+def _put(fig, x: float, y: float, text: str):
+    "Text that ends at a place in inches."
+    width, height = fig.get_size_inches()
+    fig.text(x / width, y / height, text, ha='right', va='center', fontsize=7)
+
+
+def _show(ax, image: np.ndarray):
+    "A picture."
     small = len(image) < 64
     style = dict(cmap='gray', vmin=0, vmax=255, interpolation='nearest' if small else None)
     ax.imshow(image, **style)
     ax.set_axis_off()
-    if rmse > 0:
-        box = dict(fc='k', ec='none', pad=1)
-        place = dict(transform=ax.transAxes, fontsize=5.5, color='w', bbox=box)
-        ax.text(0.03, 0.03, f'{rmse:.3f}', **place)
 
 
 def _caption(ax, above: str, prompt: str):
     "The step count of a group, and a prompt."
-    shown = prompt if len(prompt) < 18 else prompt[:16] + '...'
-    ax.set_title(above + shown, fontsize=5.5, loc='left', pad=2)
+    shown = prompt if len(prompt) < 12 else prompt[:10] + '...'
+    ax.set_title(above + shown, fontsize=7, loc='left', pad=2)

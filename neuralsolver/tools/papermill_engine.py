@@ -18,6 +18,8 @@ from typing import Any, Mapping, NamedTuple, Sequence
 
 import click
 
+from neuralsolver.tools.terminal import LiveLine, refusal, tagged_text
+
 # %% ../../nbs/tools/03_papermill_engine.ipynb #96ade92f
 def is_ours(
     nb: Mapping,  # a notebook: parsed JSON or nbformat node
@@ -25,6 +27,12 @@ def is_ours(
     "Does the notebook carry this project's papermill mark?"
     mark = nb.get('metadata', {}).get('neuralsolver')
     return isinstance(mark, Mapping) and mark.get('papermill') is True
+
+
+class ParameterError(click.ClickException, ValueError):
+    "What a user can correct. On the command line: one line and exit code 2."
+
+    exit_code = 2
 
 # %% ../../nbs/tools/03_papermill_engine.ipynb #d768359a
 TWO = '-p --p --parameters -r --parameters_raw'.split()
@@ -76,34 +84,54 @@ def split_args(
 def default_output(
     notebook: str,  # papermill's first positional argument
 ) -> str | None:  # below the working directory; None if it is no notebook of ours in `nbs`
-    "Where the executed notebook goes if no output is named: `reports/` next to its `nbs/`."
+    "Where the executed notebook goes if no output is named: `results/` next to its `nbs/`."
     path = Path(notebook)
     if not path.is_file() or not is_ours(json.loads(path.read_text(encoding='utf-8'))):
         return None
     nbs = next((p for p in path.resolve().parents if p.name == 'nbs'), None)
     if nbs is None:
         return None
-    (nbs.parent / 'reports').mkdir(exist_ok=True)  # papermill wants an existing folder
-    return os.path.relpath(nbs.parent / 'reports' / path.name)
+    return os.path.relpath(nbs.parent / 'results' / path.name)
 
+# %% ../../nbs/tools/03_papermill_engine.ipynb #c2ff2bab
+def missing_notebook(
+    name: str,  # papermill's first positional argument
+) -> str:  # empty if it is there, or if there are no notebooks of ours
+    "What to say of a notebook that does not exist."
+    root = next((p for p in (Path(), *Path.cwd().parents) if (p / 'nbs').is_dir()), None)
+    if root is None or name == '-' or '://' in name or Path(name).exists():
+        return ''
+    files = [f for folder in ('nbs', 'nbs/studies') for f in (root / folder).glob('*.ipynb')]
+    known = {f.stem: f for f in files if is_ours(json.loads(f.read_text(encoding='utf-8')))}
+    if not known:
+        return ''
+    close = difflib.get_close_matches(Path(name).stem, known, 1)
+    if close:
+        return f'{name} is not there: did you mean {os.path.relpath(known[close[0]])}?'
+    if not name.endswith('.ipynb'):  # the value of an option that `NARGS` does not know?
+        return ''
+    return f'{name} is not there: the notebooks are {", ".join(sorted(known))}.'
 
+# %% ../../nbs/tools/03_papermill_engine.ipynb #5157d249
 def rewrite(
     args: Sequence[str],  # what follows the program's name
 ) -> list[str]:
-    "The command line that papermill is to see."
+    "The command line that papermill is to see; ParameterError if there is no such notebook."
     args, positional = split_args(args)
-    output = default_output(args[positional[0]]) if len(positional) == 1 else None
-    if output:
+    if not positional:
+        return args
+    notebook = args[positional[0]]
+    if missing := missing_notebook(notebook):
+        raise ParameterError(missing)
+    output = default_output(notebook)
+    if output and len(positional) == 1:
         args.insert(positional[0] + 1, output)
+        Path(output).parent.mkdir(exist_ok=True)  # papermill wants an existing folder
+    if output and not {'--log-level', '--log-output'} & set(args):
+        args = ['--log-level', 'ERROR', *args]
     return args
 
 # %% ../../nbs/tools/03_papermill_engine.ipynb #1d0da271
-class ParameterError(click.ClickException, ValueError):
-    "A parameter that is not allowed. On the command line: one line and exit code 2."
-
-    exit_code = 2
-
-
 class _Parameter(NamedTuple):
     "A line `name: kind = default` of a parameters cell."
 
@@ -209,6 +237,41 @@ def _inject(nb: Mapping, kernel_name: str, parameters: dict[str, Any]):
     nb['metadata']['papermill']['parameters'] = parameters
 
 # %% ../../nbs/tools/03_papermill_engine.ipynb #0d76ece7
+QUIET = ('--IPKernelApp.log_level=ERROR',)
+
+
+def _run(nb: Mapping, kernel_name: str, input_path: str, kwargs: dict) -> Mapping:
+    "Execute a notebook of ours for the command: a live line, then its summary."
+    line = LiveLine(Path(input_path).stem, len(nb['cells']))
+    logged = kwargs.get('log_output') or kwargs.get('stderr_file')
+    if kwargs.pop('progress_bar', True) and not logged:
+        kwargs |= dict(stderr_file=line, on_cell_start=line.cell)
+    settings = dict(progress_bar=False, extra_arguments=[*QUIET])
+    try:
+        with line.bars():
+            nb = _nbclient().execute_notebook(
+                nb, kernel_name, input_path=input_path, **kwargs, **settings
+            )
+    except KeyboardInterrupt:
+        resumes = nb['metadata']['neuralsolver'].get('resumes')
+        raise Interrupted('the same command resumes.' if resumes else 'nothing is kept.') from None
+    if message := refusal(nb):
+        raise ParameterError(f'{input_path}: {message}')
+    if (shown := tagged_text(nb)) and kwargs.get('output_path') != '-':
+        click.echo(shown)
+    return nb
+
+
+class Interrupted(click.ClickException):
+    "Ctrl-C. On the command line: one line and the exit code of a shell."
+
+    exit_code = 130
+
+    def show(self, file=None):
+        "Without the word Error."
+        click.echo(f'Interrupted: {self.message}', err=True)
+
+# %% ../../nbs/tools/03_papermill_engine.ipynb #d2582181
 class NeuralSolverEngine:
     "Papermill's default engine; notebooks of ours are checked before the kernel starts."
 
@@ -219,6 +282,8 @@ class NeuralSolverEngine:
             parameters = check_parameters(nb, name)
             if parameters:
                 _inject(nb, kernel_name, parameters)
+            if _running_papermill():
+                return _run(nb, kernel_name, name, kwargs)
         return _nbclient().execute_notebook(nb, kernel_name, input_path=input_path, **kwargs)
 
     @staticmethod
@@ -239,6 +304,15 @@ def _running_papermill() -> bool:
     return Path(program).name in ('papermill', 'papermill.exe', 'papermill-script.py')
 
 
+def _rewritten() -> list[str]:
+    "The command line; the command ends here if there is no such notebook."
+    try:
+        return rewrite(sys.argv[1:])
+    except ParameterError as error:
+        error.show()
+        sys.exit(error.exit_code)
+
+
 def register() -> None:
     "Become papermill's default engine; normalise the command line if it is papermill's."
     from papermill.engines import papermill_engines
@@ -246,8 +320,8 @@ def register() -> None:
     papermill_engines.register(None, NeuralSolverEngine)
     if _running_papermill():
         # papermill has its own words for notebooks that cannot be read
-        with contextlib.suppress(Exception):
-            sys.argv[1:] = rewrite(sys.argv[1:])
+        with contextlib.suppress(OSError, ValueError):
+            sys.argv[1:] = _rewritten()
 
 
 register()

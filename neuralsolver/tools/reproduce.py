@@ -59,6 +59,7 @@ IGNORED = (  # no number depends on these
     'tools/reproduce.py',
     'tools/results_page.py',
     'tools/site_pages.py',
+    'tools/terminal.py',
 )
 UNUSED_DATA = ('items.csv', 'README.md')
 DRAWING = ('papermill', 'matplotlib', 'seaborn')  # libraries that change no number
@@ -177,9 +178,7 @@ def _start(run: Run, reports: Path, threads: int) -> subprocess.Popen:
     stamp.unlink(missing_ok=True)  # from here on the outputs are not those of a finished run
     notebook = repository_root() / 'nbs' / f'{run.notebook}.ipynb'
     command = [sys.executable, '-m', 'papermill', str(notebook), str(stamp.with_suffix('.ipynb'))]
-    given = dict(run.parameters)
-    if reports != reports_root():
-        given['reports_dir'] = str(reports)
+    given = dict(run.parameters) | dict(reports_dir=str(reports))
     options = [word for name, value in given.items() for word in ('-p', name, value)]
     with open(stamp.with_suffix('.log'), 'w') as log:
         return subprocess.Popen(
