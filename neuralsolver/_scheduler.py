@@ -58,12 +58,16 @@ class NeuralSolverScheduler(SchedulerMixin, ConfigMixin):
         "The sigma of diffusers at times of the path."
         raise NotImplementedError
 
+    def level_time(self, sigma: Tensor) -> Tensor:
+        "Times of the path, the inverse of `noise_level`."
+        raise NotImplementedError
+
     def _fit(self, solver: Solver, shift: float = 1.0) -> Solver:
         "A table as it runs on the scheduler's path; ValueError if it cannot."
         raise NotImplementedError
 
-    def _classical(self, name: str, n: int, shift: float) -> Solver:
-        "A classical rule for n evaluations on the scheduler's path."
+    def _classical(self, name: str, n: int, shift: float, nodes: Tensor | None = None) -> Solver:
+        "A classical rule for n evaluations on the scheduler's path, on nodes of its own if given."
         raise NotImplementedError
 
     def _shift(self, mu: float | None) -> float:
@@ -141,6 +145,7 @@ def solver_for(
     self: NeuralSolverScheduler,
     num_inference_steps: int,  # network evaluations N
     mu: float | None = None,  # dynamic shift, as pipelines give it to `set_timesteps`
+    sigmas: list[float] | None = None,  # noise levels of a classical rule, as in `set_timesteps`
 ) -> Solver:  # on the scheduler's path: `neuralsolver.sample` with it does what the pipeline does
     "The solver that runs for a number of steps; ValueError lists the numbers there are."
     n = check_int('num_inference_steps', num_inference_steps)
@@ -149,10 +154,13 @@ def solver_for(
     for entry in self._entries:
         steps = self._steps_of(entry)
         if steps is None:
-            return self._classical(entry, n, shift)
+            nodes = None if sigmas is None else self._nodes_of(sigmas)
+            return self._classical(entry, n, shift, nodes)
         if n in steps:
+            self._refuse_sigmas(entry, sigmas)
             return self._fit(self._table(entry, n), shift)
         known.update(steps)
+    self._refuse_sigmas(self._entries[0], sigmas)
     raise ValueError(
         f'num_inference_steps={n} has no table here. There are tables for '
         f'{", ".join(map(str, sorted(known)))} steps: use one of these, or add a classical '
@@ -192,15 +200,17 @@ def set_timesteps(
     self: NeuralSolverScheduler,
     num_inference_steps: int | None = None,  # network evaluations N; there must be a table for it
     device: str | torch.device | None = None,  # of `timesteps`; `sigmas` stay on the CPU
-    sigmas: list[float] | None = None,  # refused, except 1 - k / N, the default of flow pipelines
+    sigmas: list[float] | None = None,  # N noise levels of a classical rule; see *A schedule*
     mu: float | None = None,  # dynamic shift; used with `compose_shift` only
     timesteps: list[float] | None = None,  # refused
 ):
     "Choose the table for N steps and forget every earlier run."
     n = self._steps_asked(num_inference_steps, sigmas, timesteps)
-    key = n, self._shift(mu)
+    levels = self._own_sigmas(sigmas)
+    key = n, self._shift(mu), levels
     if key not in self._numbers:
-        self._numbers[key] = _Numbers(self.solver_for(n, mu), self.config.prediction_type)
+        solver = self.solver_for(n, mu, levels)
+        self._numbers[key] = _Numbers(solver, self.config.prediction_type)
     self._run = self._numbers[key]
     self.num_inference_steps = n
     self._set_times(self._run.solver.nodes[:-1], device)
@@ -209,35 +219,79 @@ def set_timesteps(
 # %% ../nbs/5_diffusers/03_scheduler.ipynb #187b47b7
 @patch
 def _steps_asked(self: NeuralSolverScheduler, n, sigmas, timesteps) -> int:
-    "The number of steps that a pipeline asks for; ValueError for a schedule of its own."
+    "The number of steps that a pipeline asks for; ValueError if it is not clear."
     if timesteps is not None:
         raise ValueError(
-            f'timesteps={list(timesteps)} are refused: the times are part of the searched table. '
-            'Give num_inference_steps.'
+            f'timesteps={list(timesteps)} are refused: give num_inference_steps, '
+            'or noise levels as sigmas to a classical rule.'
         )
     if sigmas is not None:
-        self._check_default(sigmas)
-        if n not in (None, len(sigmas)):
-            raise ValueError(f'{len(sigmas)} sigmas do not fit num_inference_steps={n}.')
-        n = len(sigmas)
+        levels = len(_levels(sigmas))
+        if n not in (None, levels):
+            raise ValueError(f'{levels} sigmas do not fit num_inference_steps={n}.')
+        n = levels
     if n is None:
         raise ValueError('num_inference_steps=None is not allowed: give the number of steps.')
     return n
 
 
-@patch
-def _check_default(self: NeuralSolverScheduler, sigmas):
-    "ValueError if these are not the noise levels that flow pipelines send by default."
+def _levels(sigmas) -> Tensor:  # float64 [N]
+    "Noise levels without the last one, 0; ValueError if they do not fall."
     try:
         given = torch.as_tensor(sigmas, dtype=torch.float64, device='cpu').reshape(-1)
     except (TypeError, ValueError) as e:
-        raise ValueError(f'sigmas={sigmas!r} is not allowed: give num_inference_steps.') from e
-    default = torch.linspace(1, 0, len(given) + 1, dtype=torch.float64)[:-1]
-    if self.path.coordinates != 'velocity' or not torch.allclose(given, default, 0, 1e-6):
+        raise ValueError(f'sigmas={sigmas!r} is not allowed: give a list of numbers.') from e
+    levels = given[:-1] if len(given) > 1 and given[-1] == 0 else given
+    if (
+        not len(levels)
+        or not (levels.isfinite() & (levels > 0)).all()
+        or (levels.diff() >= 0).any()
+    ):
         raise ValueError(
-            f'sigmas={given.tolist()} are refused: the noise levels are part of the searched '
-            'table. Give num_inference_steps, or use a scheduler of diffusers.'
+            f'sigmas={given.tolist()} are not allowed: give finite numbers above 0 that fall.'
         )
+    return levels
+
+# %% ../nbs/5_diffusers/03_scheduler.ipynb #5e44de80
+@patch
+def _own_sigmas(self: NeuralSolverScheduler, sigmas) -> tuple[float, ...] | None:
+    "A user's noise levels; None for none, and for those that flow pipelines send by default."
+    if sigmas is None:
+        return None
+    levels = _levels(sigmas)
+    default = torch.linspace(1, 0, len(levels) + 1, dtype=torch.float64)[:-1]
+    if self.path.coordinates == 'velocity' and torch.allclose(levels, default, 0, 1e-6):
+        return None
+    return tuple(levels.tolist())
+
+
+@patch
+def _refuse_sigmas(self: NeuralSolverScheduler, entry: str | dict, sigmas):
+    "ValueError for noise levels that would have to change a table."
+    if sigmas is not None:
+        name = entry if isinstance(entry, str) else entry.get('name', 'the solver')
+        raise ValueError(
+            f'sigmas={list(sigmas)} are refused: {name!r} is a table, whose noise levels were '
+            'searched with its weights. Give num_inference_steps alone, or a classical rule, '
+            "for example solver='ab2'."
+        )
+
+
+@patch
+def _nodes_of(self: NeuralSolverScheduler, sigmas) -> Tensor:  # [N + 1]
+    "The times where these noise levels are reached, and the end of the path."
+    levels = _levels(sigmas)
+    most = self.noise_level(torch.tensor(self.path.t_noise, dtype=torch.float64))
+    times = self.level_time(levels)
+    end = torch.tensor([self.path.t_end], dtype=torch.float64)
+    nodes = torch.cat([times, end])
+    if levels[0] > most * (1 + 1e-6) or not (nodes.diff().sign() == (end - times[0]).sign()).all():
+        least = self.noise_level(end).item()
+        raise ValueError(
+            f'sigmas={levels.tolist()} are not allowed: this path has noise levels from '
+            f'{most.item():g} to {least:g}, and a rule ends at the last.'
+        )
+    return nodes
 
 # %% ../nbs/5_diffusers/03_scheduler.ipynb #5c0a11ee
 @patch(as_prop=True)

@@ -129,6 +129,11 @@ def time_of(self: FlowNeuralSolverScheduler, timestep: Tensor) -> Tensor:
 def noise_level(self: FlowNeuralSolverScheduler, t: Tensor) -> Tensor:
     return 1 - t
 
+
+@patch
+def level_time(self: FlowNeuralSolverScheduler, sigma: Tensor) -> Tensor:
+    return 1 - sigma
+
 # %% ../nbs/5_diffusers/01_diffusers.ipynb #9d03d8e8
 @patch
 def _shift(self: FlowNeuralSolverScheduler, mu: float | None) -> float:
@@ -146,9 +151,16 @@ def _shift(self: FlowNeuralSolverScheduler, mu: float | None) -> float:
 
 
 @patch
-def _classical(self: FlowNeuralSolverScheduler, name: str, n: int, shift: float) -> Solver:
+def _classical(
+    self: FlowNeuralSolverScheduler,
+    name: str,
+    n: int,
+    shift: float,
+    nodes: Tensor | None = None,  # of the grid before the shift
+) -> Solver:
     "A classical rule for n evaluations, derived for the grid it runs on."
-    solver = get_solver(name, n)
+    rule = name.partition('@')[0]
+    solver = get_solver(name, n) if nodes is None else classical_solver(rule, n, nodes=nodes)
     if solver.nfe != n:
         advice = ", use 'heun-nfe'." if name == 'heun' else '.'
         raise ValueError(
@@ -157,7 +169,6 @@ def _classical(self: FlowNeuralSolverScheduler, name: str, n: int, shift: float)
         )
     if shift == 1:
         return solver
-    rule = name.partition('@')[0]
     return classical_solver(rule, n, nodes=ShiftedPath(shift).alpha(solver.nodes.unique()))
 
 # %% ../nbs/5_diffusers/01_diffusers.ipynb #5c0b11e4
@@ -295,6 +306,11 @@ def noise_level(self: VPNeuralSolverScheduler, t: Tensor) -> Tensor:  # noqa: F8
     return (-self.path.log_snr(t)).exp()  # sigma / alpha
 
 
+@patch
+def level_time(self: VPNeuralSolverScheduler, sigma: Tensor) -> Tensor:  # noqa: F811
+    return self.path.time_of_log_snr(-sigma.log())
+
+
 @patch(as_prop=True)
 def alphas_cumprod(self: VPNeuralSolverScheduler) -> Tensor:
     "alpha^2 of the table, [num_train_timesteps]."
@@ -324,6 +340,10 @@ def _fit(self: VPNeuralSolverScheduler, solver: Solver, shift: float = 1.0) -> S
 
 
 @patch
-def _classical(self: VPNeuralSolverScheduler, name: str, n: int, shift: float) -> Solver:
+def _classical(
+    self: VPNeuralSolverScheduler, name: str, n: int, shift: float, nodes: Tensor | None = None
+) -> Solver:
     "A classical rule for n evaluations."
-    return get_solver(name, n, self.path)
+    if nodes is None:
+        return get_solver(name, n, self.path)
+    return classical_solver(name.partition('@')[0], n, self.path, nodes)

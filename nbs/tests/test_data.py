@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import re
 import struct
 
 import numpy as np
@@ -144,3 +145,28 @@ def test_notebook_train_classifier_makes_what_the_metrics_accept(tmp_path, small
     samples = real_test(500, classifier, reference)
     metrics = compute_metrics(*samples, load_reference(classifier, reference))
     assert metrics['accuracy'] > 0.5 and metrics['fd'] < 20
+
+
+# licences
+
+
+def test_published_tables_carry_the_notice_of_their_source():
+    "The MIT licence asks for both, in all copies: also in the wheel, which takes data/*.md."
+    notice = data_file('published_solvers.LICENSE.md').read_text(encoding='utf-8')
+    assert 'MIT License' in notice and 'Copyright (c) 2024 wang shuai' in notice
+    assert 'shall be included in all copies' in notice and 'WITHOUT WARRANTY' in notice
+    readme = data_file('README.md').read_text(encoding='utf-8')
+    assert readme.count('published_solvers.LICENSE.md') >= 2
+
+
+def test_citation_names_the_paper_and_the_version():
+    root = data_file('README.md').parents[1]
+    if not (root / 'settings.ini').exists():
+        pytest.skip('not a clone')
+    text = (root / 'CITATION.cff').read_text(encoding='utf-8')
+    version = re.search(r'(?m)^version = (\S+)', (root / 'settings.ini').read_text())[1]
+    assert f'\nversion: {version}\n' in text and 'arXiv:2505.21114' in text
+    paper = text[text.index('preferred-citation') :]
+    assert (
+        re.findall(r'family-names: (\w+)', paper) == 'Wang Li Zhang Song Li Ge Zheng Wang'.split()
+    )

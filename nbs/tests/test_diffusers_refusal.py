@@ -120,10 +120,18 @@ def test_refused_schedule_is_named():
         (Flow, dict(sigmas=[1.0, 0.9, 0.5, 0.3, 0.1]), ('sigmas=[1.0, 0.9', 'num_inference_steps')),
         (VP, dict(sigmas=[1.0, 0.8, 0.6, 0.4, 0.2]), ('sigmas=', 'refused')),
         (Flow, dict(num_inference_steps=6, sigmas=1 - np.arange(5) / 5), ('5 sigmas', '=6')),
+        (Flow, dict(sigmas=[1.0, 0.7]), ("'sit-xl-2' is a table",)),
+        (Flow, dict(sigmas=[0.5, 0.9]), ('that fall',)),
+        (Flow, dict(sigmas=[]), ('sigmas=[]',)),
+        (Flow, dict(sigmas=[1.0, float('nan')]), ('finite',)),
+        (Flow, dict(sigmas='a'), ("sigmas='a'",)),
         (Flow, dict(timesteps=[999, 500, 100]), ('timesteps=[999, 500, 100]', 'refused')),
         (VP, dict(timesteps=torch.tensor([999, 500])), ('timesteps=', 'refused')),
     ):
         refused(lambda: cls().set_timesteps(**given), said)
+    refused(lambda: Flow('ab2').set_timesteps(sigmas=[1.2, 0.5]), ('noise levels from 1 to 0',))
+    refused(lambda: VP('ddim').set_timesteps(sigmas=[1e9, 0.5]), ('noise levels from',))
+    refused(lambda: VP('ddim').set_timesteps(sigmas=[1.0, 1e-9]), ('noise levels from',))
     dynamic = Flow(compose_shift=True, use_dynamic_shifting=True)
     refused(lambda: dynamic.set_timesteps(6), ('mu=None', 'compose_shift'))
 

@@ -7,13 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import F64, STABLE_DIFFUSION, VP, X0, Flow, loop, net, ours, rand
 from tiny_pipelines import reference, relative, scheduler_of
 
 from neuralsolver.classical import rk4
 from neuralsolver.neural import load_solver
 from neuralsolver.paths import DDPMPath, VPPath
-from neuralsolver.solvers import save_solver
+from neuralsolver.rules import classical_solver
+from neuralsolver.solvers import sample, save_solver
 from neuralsolver.transfer import change_path
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning:diffusers.*')  # numpy 2
@@ -191,6 +193,58 @@ def test_default_sigmas_of_flow_pipelines_are_accepted():
             for given in ({}, dict(num_inference_steps=n)):
                 s.set_timesteps(**given, sigmas=sigmas, mu=0.7, device='cpu')
                 assert torch.equal(s.timesteps, expected) and s.num_inference_steps == n
+
+
+LEVELS = [1.0, 0.83, 0.6, 0.31, 0.12]
+
+
+def euler_of_diffusers(shift, network, x):
+    "FlowMatchEulerDiscreteScheduler with the levels of a user."
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(sigmas=LEVELS)
+    for t in theirs.timesteps:
+        x = theirs.step(network(x, t), t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize('shift', [1.0, 3.0])
+def test_sigmas_of_a_user_reach_a_classical_rule(shift):
+    "Euler on the levels of a user is diffusers' Euler; every rule is `sample` on these nodes."
+
+    def network(x, t):
+        return torch.sin(3 * x) * (1 + t / 1000)
+
+    x = torch.linspace(-1, 1, 12).reshape(2, 1, 2, 3)
+    levels = torch.tensor(LEVELS, dtype=torch.float64)
+    levels = torch.cat([shift * levels / (1 + (shift - 1) * levels), levels.new_zeros(1)])
+    for name in ('euler', 'ab2', 'ab4'):
+        s = Flow(name, compose_shift=shift != 1, shift=shift)
+        s.set_timesteps(len(LEVELS), sigmas=LEVELS)
+        ours = x
+        for t in s.timesteps:
+            ours = s.step(network(ours, t), t, ours).prev_sample
+        solver = classical_solver(name, len(LEVELS), nodes=1 - levels)
+        expected = sample(lambda x, t: -network(x, 1000 * (1 - t)), x, solver)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(s.sigmas, levels.float())
+        if name == 'euler':
+            theirs = euler_of_diffusers(shift, network, x)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    s.set_timesteps(len(LEVELS))
+    assert s.sigmas[1] != levels[1].float()  # the next run is on its own grid again
+
+
+@pytest.mark.parametrize('with_zero', [False, True])
+def test_sigmas_of_a_user_on_the_path_of_ddpm_models(with_zero):
+    s = VP('dpm-solver++2m')
+    levels = [40.0, 9.0, 2.0, 0.5]
+    s.set_timesteps(sigmas=levels + [0.0] * with_zero)
+    assert s.num_inference_steps == 4 and s.sigmas[-1] == 0
+    torch.testing.assert_close(s.sigmas[:-1], torch.tensor(levels), rtol=1e-5, atol=0)
+    nodes = s.solver_for(4, sigmas=levels).nodes
+    assert nodes[-1] == s.path.t_end
+    expected = classical_solver('dpm-solver++2m', 4, s.path, nodes)
+    assert torch.equal(s.solver_for(4, sigmas=levels).weights, expected.weights)
 
 
 # history

@@ -77,31 +77,30 @@ def bootstrapped(
 
 # %% ../../nbs/tools/05_statistics.ipynb #5a7e000f
 def _ratio(
-    squares: np.ndarray,  # [n] squared errors
+    errors: np.ndarray,  # [n] of a solver
     baselines: np.ndarray,  # [k, n]
     index: np.ndarray,  # [..., n]
+    power: int,
 ) -> np.ndarray:  # [...]
-    "Squared error over that of the best baseline."
-    return squares[index].mean(-1) / baselines[:, index].mean(-1).min(0)
+    "Mean error (power 1) or RMSE (power 2) over that of the best baseline."
+    mean = (errors**power)[index].mean(-1)
+    return (mean / (baselines**power)[:, index].mean(-1).min(0)) ** (1 / power)
 
 
 def paired_ratio(
-    squares: np.ndarray,  # [n] squared errors of a solver
+    errors: np.ndarray,  # [n] of a solver
     baselines: np.ndarray,  # [k, n] those of others, from the same noise samples
     draws: int = DRAWS,
+    power: int = 1,  # 1 = mean errors, 2 = RMSEs
 ) -> tuple[float, float, float]:  # value, low, high
-    "RMSE over that of the best baseline, which is chosen again in every resample."
-    squares = np.asarray(squares, float)
+    "An error over that of the best baseline, which is chosen again in every resample."
+    errors = np.asarray(errors, float)
     baselines = np.atleast_2d(np.asarray(baselines, float))
-
-    def ratio(index):
-        return np.sqrt(_ratio(squares, baselines, index))
-
-    return bootstrapped(ratio, len(squares), draws)
+    return bootstrapped(lambda index: _ratio(errors, baselines, index, power), len(errors), draws)
 
 # %% ../../nbs/tools/05_statistics.ipynb #99d30ac2
 def ratio_of_ratios(
-    squares: np.ndarray,  # [n] on one path
+    errors: np.ndarray,  # [n] on one path
     baselines: np.ndarray,  # [k, n]
     other: np.ndarray,  # [n] the same solver on another path, from the same noise samples
     other_baselines: np.ndarray,  # [k, n]
@@ -110,11 +109,10 @@ def ratio_of_ratios(
     "`paired_ratio` on the first path over that on the second, with the same resamples on both."
 
     def ratio(index):
-        here = _ratio(squares, baselines, index)
-        there = _ratio(other, other_baselines, index)
-        return np.sqrt(here / there)
+        here = _ratio(errors, baselines, index, 1)
+        return here / _ratio(other, other_baselines, index, 1)
 
-    return bootstrapped(ratio, len(squares), draws)
+    return bootstrapped(ratio, len(errors), draws)
 
 # %% ../../nbs/tools/05_statistics.ipynb #5a7e0013
 def share_interval(
