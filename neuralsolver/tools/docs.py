@@ -13,42 +13,51 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from configparser import ConfigParser
 from dataclasses import dataclass, field
+from functools import cache
 from html.parser import HTMLParser
 from importlib import metadata
 from pathlib import Path
 from typing import Iterable, Sequence
 from urllib.parse import unquote
 
-from neuralsolver.tools.site_pages import api_index, api_page, markdown_page, notebook_page
+from neuralsolver.tools.site_pages import (
+    api_index,
+    api_page,
+    markdown_page,
+    notebook_page,
+    retitle,
+)
 from neuralsolver.utils import package_root, repository_root, write_json, write_text
 
 # %% ../../nbs/tools/09_docs.ipynb #a9d58d88
-GROUPS = {  # title: folder below nbs/
-    'Front door': '.',
-    'Method': '1_method',
-    'Learning a solver': '2_learning',
-    'Models': '3_models',
-    'Measure': '4_measure',
-    'Diffusers': '5_diffusers',
-    'Studies': 'studies',
-    'Tools': 'tools',
-}
-FIRST = 'start guide play eval curves search train sweep zero_shot reproduce claims errata'.split()
+@cache
+def site_groups() -> dict[str, dict[str, str]]:  # group -> page without suffix -> title
+    "The contents of navigation.toml."
+    file = repository_root() / 'nbs/tools/site/navigation.toml'
+    return tomllib.loads(file.read_text(encoding='utf-8'))
+
+
+def page_title(
+    page: str,  # path in the repository
+) -> str | None:  # None: the page's own
+    "The question that a page answers."
+    name = str(Path(page).with_suffix(''))
+    return next((titles[name] for titles in site_groups().values() if name in titles), None)
 
 
 def navigation(
-    names: Iterable[str],  # notebooks below nbs/ without suffix; index is the home page, left out
-) -> dict[str, list[str]]:  # group -> names
-    "Every notebook in the group of its folder; folders without a group come last."
-    rank = {name: i for i, name in enumerate(FIRST)}
-    titles = {folder: title for title, folder in GROUPS.items()}
-    groups = {title: [] for title in GROUPS}
-    for name in sorted(set(names) - {'index'}, key=lambda name: (rank.get(name, len(rank)), name)):
-        folder = Path(name).parent.as_posix()
-        groups.setdefault(titles.get(folder, folder), []).append(name)
-    return {title: members for title, members in groups.items() if members}
+    names: Iterable[str],  # pages without suffix; the home page is left out
+) -> dict[str, list[str]]:  # group -> pages, groups without pages left out
+    "Pages as navigation.toml lists them; those not listed join the group of their folder."
+    names = set(names) - {'nbs/index', 'index'}
+    groups = {title: [p for p in listed if p in names] for title, listed in site_groups().items()}
+    folders = {Path(p).parent: g for g, listed in site_groups().items() for p in listed}
+    for name in sorted(names.difference(*groups.values())):
+        groups[folders.get(Path(name).parent, 'Reference')].append(name)
+    return {title: pages for title, pages in groups.items() if pages}
 
 # %% ../../nbs/tools/09_docs.ipynb #5f660973
 COPIED = 2**21  # bytes; larger files are linked in the repository
@@ -130,30 +139,36 @@ def stage_pages(stage: Stage):
         def resolve(target, raw, page=page):
             return stage.resolve(target, page, raw)
 
+        title = page_title(page)
         if page.endswith('.ipynb'):
-            text = json.dumps(notebook_page(json.loads(source), resolve))
+            nb = notebook_page(json.loads(source), resolve, fold=page.startswith('nbs/tools/'))
+            nb['cells'][0]['source'] = retitle(nb['cells'][0]['source'], title, page)
+            text = json.dumps(nb)
         else:
-            text = markdown_page(source, Path(page).stem, resolve)
+            text = retitle(markdown_page(source, Path(page).stem, resolve), title, page)
         target = stage.out / place_of(page)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, text)
 
 # %% ../../nbs/tools/09_docs.ipynb #e1e27498
-def _toctree(title: str, pages: list[str]) -> str:
-    "A group of the navigation as Markdown for Sphinx."
-    return '\n'.join(['```{toctree}', ':hidden:', f':caption: {title}', '', *pages, '```'])
+def _toctree(pages: list[str], *options: str) -> str:
+    "A list of pages as Markdown for Sphinx."
+    return '\n'.join(['```{toctree}', *options, '', *(f'/{p}' for p in pages), '```'])
 
 
 def stage_navigation(stage: Stage, reference: list[str]):
-    "Append the groups to the home page."
-    notebooks = [p.removeprefix('nbs/') for p in stage.pages if p.endswith('.ipynb')]
-    groups = navigation(n.removesuffix('.ipynb') for n in notebooks)
-    groups = {title: [f'nbs/{name}' for name in names] for title, names in groups.items()}
-    more = [p.removesuffix('.md') for p in stage.pages if p.endswith('.md')]
-    groups['Reference'] = reference + more
-    trees = '\n\n'.join(_toctree(title, pages) for title, pages in groups.items() if pages)
+    "Append the menu to the home page; each group but the first is a page of its own."
+    pages = [str(Path(p).with_suffix('')) for p in stage.pages] + reference
+    (first, answers), *groups = navigation(pages).items()
+    names = []
+    for title, members in groups:
+        names.append('groups/' + re.sub(r'\W+', '-', title.lower()))
+        text = f'# {title}\n\n{_toctree(members, ":titlesonly:")}\n'
+        write_text(stage.out / f'{names[-1]}.md', text)
+    trees = [_toctree(answers, ':hidden:', f':caption: {first}')]
+    trees.append(_toctree(names, ':hidden:', ':titlesonly:', ':caption: Read'))
     home = json.loads((stage.out / 'index.ipynb').read_text(encoding='utf-8'))
-    cell = dict(cell_type='markdown', id='navigation', metadata={}, source=trees)
+    cell = dict(cell_type='markdown', id='navigation', metadata={}, source='\n\n'.join(trees))
     home['cells'].append(cell)
     write_text(stage.out / 'index.ipynb', json.dumps(home))
 
@@ -210,11 +225,43 @@ def on_document(app, document):
             node.parent.replace(node, link)
             link += node
 
+# %% ../../nbs/tools/09_docs.ipynb #1eeb1543
+SHORT = 32  # characters of a table cell that stays on one line
+
+
+def on_tables(app, document):
+    "Sphinx' hook for a parsed page: short cells stay on one line, spreads are small."
+    from docutils import nodes
+
+    for entry in document.findall(nodes.entry):
+        if len(entry.astext()) <= SHORT:
+            entry['classes'].append('short')
+        for text in list(entry.findall(nodes.Text)):
+            mean, sign, spread = text.partition(' ± ')
+            if sign:
+                small = nodes.inline('', f'\u00a0±\u00a0{spread}', classes=['spread'])
+                text.parent.replace(text, [nodes.Text(mean), small])
+
+
+def write_texts(app, error):
+    "Sphinx' hook at the end: the prose of every page, for the excerpts of search results."
+    from docutils import nodes
+
+    texts = {}
+    for name in app.env.found_docs if error is None else ():
+        paragraphs = app.env.get_doctree(name).findall(nodes.paragraph)
+        text = ' '.join(p.astext() for p in paragraphs)
+        texts[name] = re.sub(r'<[^>]*>|\s+', ' ', text)  # raw HTML is text to docutils
+    file = Path(app.outdir) / '_static/texts.js'
+    write_text(file, f'const TEXTS = {json.dumps(texts, ensure_ascii=False)};\n')
+
 
 def setup(app) -> dict:
     "This module as an extension of Sphinx."
     app.add_config_value('linked_names', {}, 'env', (dict,))
     app.connect('doctree-read', on_document)
+    app.connect('doctree-read', on_tables)
+    app.connect('build-finished', write_texts)
     return dict(parallel_read_safe=True, parallel_write_safe=True)
 
 # %% ../../nbs/tools/09_docs.ipynb #65f80c67
@@ -244,12 +291,16 @@ def stage_reference(stage: Stage) -> tuple[list[str], dict]:  # pages, links of 
 
 
 def stage_settings(stage: Stage, cfg: dict, links: dict):
-    "Write what Sphinx is told, the style, and MathJax."
+    "Write what Sphinx is told, the style, the search, and MathJax."
     site = repository_root() / 'nbs/tools/site'
     settings = dict(project=cfg['lib_name'], html_title=cfg['title'], copyright=cfg['copyright'])
     write_json(stage.out / 'settings.json', settings | dict(linked_names=links))
-    shutil.copyfile(site / 'conf.py', stage.out / 'conf.py')
-    shutil.copyfile(site / 'site.css', stage.out / '_static/site.css')
+    places = {'conf.py': '', 'search.js': '', 'search.html': '_templates'}
+    places |= {'site.css': '_static', 'play.js': '_static'}
+    for file, folder in places.items():
+        shutil.copyfile(site / file, stage.out / folder / file)
+    numbers = (site / 'play.json').read_text(encoding='utf-8')
+    write_text(stage.out / '_static/play_data.js', f'const PLAY = {numbers};')
     shutil.copyfile(mathjax_file(), stage.out / '_static/tex-svg-full.js')
 
 # %% ../../nbs/tools/09_docs.ipynb #346cae0c
@@ -271,10 +322,11 @@ def stage_site(
     cfg = config['DEFAULT']
     if notebooks is None:
         notebooks = all_notebooks(root)
-    first = [f for f in ('reports/index.md', 'data/README.md') if (root / f).exists()]
-    pages = [f'nbs/{name}.ipynb' for name in notebooks] + first
+    texts = ('nbs/questions/play.md', 'reports/index.md', 'data/README.md')
+    pages = [f'nbs/{name}.ipynb' for name in notebooks]
+    pages += [text for text in texts if (root / text).exists()]
     stage = Stage(root, out, cfg['git_url'], cfg['branch'], pages)
-    for folder in ('_static', '_extra', 'nbs', 'api'):
+    for folder in ('_static', '_templates', '_extra', 'nbs', 'api', 'groups'):
         (out / folder).mkdir(parents=True)
     stage_pages(stage)
     reference, links = stage_reference(stage)

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/tools/10_site_pages.ipynb #31daf178
+import ast
 import inspect
 import json
 import os
@@ -72,8 +73,30 @@ def _rewrite_outputs(outputs: list[dict], resolve: Callable):
                 r'<span class="math notranslate">\\(\1\\)</span>', data['text/html']
             )
 
+# %% ../../nbs/tools/10_site_pages.ipynb #b0a89558
+LONG = 8  # lines of a code cell that is folded in commands and tools
+
+
+def _is_side_matter(source: str) -> bool:
+    "Does a cell hold nothing but imports, or nothing but checks?"
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # magics
+        return False
+    checks = [isinstance(n, ast.Assert) or ast.unparse(n).startswith('test_') for n in body]
+    imports = [isinstance(n, (ast.Import, ast.ImportFrom)) for n in body]
+    return bool(body) and all(c or i for c, i in zip(checks, imports))
+
+
+def _is_folded(cell: dict, source: str, fold: bool) -> bool:
+    "Is the code of a cell folded on the site?"
+    if {'solution', 'parameters'} & set(cell['metadata'].get('tags', [])):
+        return False
+    hidden = cell['metadata'].get('jupyter', {}).get('source_hidden', False)
+    return hidden or (fold and source.count('\n') >= LONG) or _is_side_matter(source)
+
 # %% ../../nbs/tools/10_site_pages.ipynb #91dbe557
-def _code_cell(cell: dict, resolve: Callable) -> dict | None:  # None = not shown
+def _code_cell(cell: dict, resolve: Callable, fold: bool) -> dict | None:  # None = not shown
     "A code cell of a page."
     source = ''.join(cell['source'])
     marks = _directives(source)
@@ -85,6 +108,8 @@ def _code_cell(cell: dict, resolve: Callable) -> dict | None:  # None = not show
         tags.append('export')
     if 'echo: false' in marks:
         tags.append('remove-input')
+    elif _is_folded(cell, source, fold):
+        tags.append('hide-input')
     if 'solution' in tags:
         tags.append('hide-cell')
         meta['mystnb'] = dict(code_prompt_show='Solution', code_prompt_hide='Solution')
@@ -93,7 +118,7 @@ def _code_cell(cell: dict, resolve: Callable) -> dict | None:  # None = not show
     return cell | dict(metadata=meta, source='\n'.join(lines).strip('\n'))
 
 # %% ../../nbs/tools/10_site_pages.ipynb #04d13e25
-def _markdown_cell(cell: dict, resolve: Callable) -> dict:
+def _markdown_cell(cell: dict, resolve: Callable, fold: bool) -> dict:
     "A Markdown cell of a page."
     text = rewrite_links(''.join(cell['source']), resolve)
     if 'solution' in cell['metadata'].get('tags', []):
@@ -105,11 +130,13 @@ def _markdown_cell(cell: dict, resolve: Callable) -> dict:
 def notebook_page(
     nb: dict,  # a notebook as JSON
     resolve: Callable[[str, bool], str],  # as for `rewrite_links`
+    fold: bool = False,  # long code cells, as in the notebooks of commands in any case
 ) -> dict:  # a notebook for myst-nb
-    "Hidden cells out, directives to tags, solutions folded, links rewritten."
+    "Hidden cells out, directives to tags, solutions and machinery folded, links rewritten."
+    fold = fold or nb['metadata'].get('neuralsolver', {}).get('papermill', False)
     pages = dict(code=_code_cell, markdown=_markdown_cell)
     cells = json.loads(json.dumps(nb['cells']))
-    shown = [pages[c['cell_type']](c, resolve) for c in cells if c['cell_type'] in pages]
+    shown = [pages[c['cell_type']](c, resolve, fold) for c in cells if c['cell_type'] in pages]
     return nb | dict(cells=[cell for cell in shown if cell])
 
 # %% ../../nbs/tools/10_site_pages.ipynb #58a8d0f4
@@ -122,6 +149,18 @@ def markdown_page(
     text = re.sub(r'(?m)^<a id="([\w-]+)"></a>[ \t]*\n', r'(\1)=\n', text)
     head = '' if text.lstrip().startswith('#') else f'# {title}\n\n'
     return head + rewrite_links(text, resolve)
+
+
+def retitle(
+    text: str,  # Markdown
+    title: str | None,  # None: the page keeps its own
+    page: str,  # path in the repository
+) -> str:
+    "The first heading replaced by a title, with the page's path below it."
+    if title is None:
+        return text
+    head = f'# {title}\n\n<div class="page-name">{page}</div>\n'
+    return re.sub(r'(?m)^# .*\n?', lambda m: head, text, count=1)
 
 # %% ../../nbs/tools/10_site_pages.ipynb #339bb072
 CELL = re.compile(r'# %% (?:\.\./)*nbs/(\S+)\.ipynb #(\w+)')

@@ -7,8 +7,9 @@ from pathlib import Path
 globals().update(json.loads(Path(__file__).with_name('settings.json').read_text()))
 
 language = 'en'
-extensions = ['myst_nb', 'sphinx.ext.mathjax', 'neuralsolver.tools.docs']
-exclude_patterns = ['_extra']
+extensions = ['myst_nb', 'sphinx.ext.mathjax', 'sphinx_copybutton', 'neuralsolver.tools.docs']
+exclude_patterns = ['_extra', '_templates']
+templates_path = ['_templates']
 smartquotes = False
 pygments_style = 'friendly'
 pygments_dark_style = 'monokai'
@@ -16,6 +17,7 @@ pygments_dark_style = 'monokai'
 # notebooks are shown as they are committed
 nb_execution_mode = 'off'
 nb_merge_streams = True
+nb_code_prompt_show = nb_code_prompt_hide = 'Code'
 nb_render_markdown_format = 'myst'
 myst_enable_extensions = ['dollarmath', 'amsmath']
 myst_dmath_double_inline = True
@@ -42,3 +44,6 @@ html_css_files = ['site.css']
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
+
+# results without a server have excerpts, answers to questions come first
+html_search_scorer = str(Path(__file__).with_name('search.js'))
