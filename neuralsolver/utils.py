@@ -95,8 +95,8 @@ def _command_name(notebook: str, given: Mapping[str, Any]) -> str:
     changed = {k: given[k] for k, v in named.items() if given.get(k, v) != v}
     words = [notebook.rpartition('/')[2], *(f'{k}-{v}' for k, v in changed.items())]
     name = '_'.join(re.sub(r'[^\w.,+@-]+', '-', word).strip('-') for word in words)
-    if len(name) > 90:  # file systems and readers have limits
-        name = f'{name[:80]}_{hashlib.sha256(repr(changed).encode()).hexdigest()[:8]}'
+    if len(name) > 60:  # file systems and readers have limits
+        name = f'{name[:50]}_{hashlib.sha256(repr(changed).encode()).hexdigest()[:8]}'
     return name
 
 

@@ -237,7 +237,7 @@ def _inject(nb: Mapping, kernel_name: str, parameters: dict[str, Any]):
     nb['metadata']['papermill']['parameters'] = parameters
 
 # %% ../../nbs/tools/03_papermill_engine.ipynb #0d76ece7
-QUIET = ('--IPKernelApp.log_level=ERROR',)
+QUIET = ('--IPKernelApp.log_level=CRITICAL',)
 
 
 def _run(nb: Mapping, kernel_name: str, input_path: str, kwargs: dict) -> Mapping:

@@ -21,6 +21,17 @@ from typing import Iterator, Mapping, Sequence
 WIDTH = 80  # columns of a terminal
 
 
+def _aligned(table) -> str:
+    "A data frame in columns; those that do not fit are left out."
+    rows = [[str(name) for name in table.columns]]
+    rows += [['' if cell != cell else str(cell) for cell in row] for row in table.values.tolist()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
+        del widths[-1]
+    lines = ['  '.join(f'{cell:{w}}' for cell, w in zip(row, widths)) for row in rows]
+    return '\n'.join(line.rstrip() for line in lines)
+
+
 def _shown_path(path: Path) -> str:
     "Relative to the working directory, unless the absolute path is shorter."
     return min(os.path.relpath(path), str(Path(path).resolve()), key=len)
@@ -36,15 +47,18 @@ def print_result(
     from neuralsolver.utils import repository_root, results_root
 
     if table is not None:
-        shown = table.to_string(index=False, line_width=WIDTH, na_rep='', justify='left')
-        print('\n'.join(line.rstrip() for line in shown.splitlines()), end='\n\n')
+        print(_aligned(table), end='\n\n')
     print(textwrap.fill(text, WIDTH), end='\n\n')
-    lists = {what: [f] if isinstance(f, str | Path) else list(f) for what, f in files.items()}
+    lists = {what: [f] if isinstance(f, str | Path) else f for what, f in files.items()}
     there = [(what, Path(f)) for what, paths in lists.items() for f in paths if Path(f).exists()]
+    folders = [file.parent for _, file in there]
+    many = folders[0] if len(folders) > 1 and folders[0] == folders[1] else None
+    if many:
+        print(f'{_shown_path(many)}/')
     for what, file in there:
-        print(f'{what:9} {_shown_path(file)}')
+        print(f'  {what:9} {file.name if file.parent == many else _shown_path(file)}')
     ours = results_root().resolve()
-    if repository_root() and any(ours in file.resolve().parents for _, file in there):
+    if repository_root() and any(ours in folder.resolve().parents for folder in folders):
         print('git ignores results/; nbs/reproduce.ipynb fills reports/, which is committed')
 
 # %% ../../nbs/tools/11_terminal.ipynb #6331434c
@@ -184,8 +198,10 @@ class LiveLine:
     @contextlib.contextmanager
     def bars(self) -> Iterator[None]:
         "How the bars of a kernel that is started inside look; the line is cleared at the end."
-        look = dict(NCOLS=str(self.width - len(self.name) - 2), BAR_FORMAT=BAR, SMOOTHING='0.1')
-        look = {f'TQDM_{key}': value for key, value in look.items()}
+        columns = self.width - len(self.name) - 2
+        # a terminal without a size, as of cron, would have no row for a bar
+        look = dict(NCOLS=columns, NROWS=24, BAR_FORMAT=BAR, SMOOTHING=0.1)
+        look = {f'TQDM_{key}': str(value) for key, value in look.items()}
         before = {key: os.environ.get(key) for key in look}
         os.environ.update(look)
         try:
