@@ -276,7 +276,10 @@ def load_solver(
     steps: int | None = None,  # number of steps; not needed for a file
     rounded: bool = True,  # of published tables: time deltas as printed, or as recovered
 ) -> Solver:
-    "A searched solver. ValueError lists the tables if this one is missing: none is interpolated."
+    """A searched solver. ValueError lists the tables if this one is missing: none is interpolated.
+
+    Which solver to take: `nbs/questions/which_solver.ipynb`.
+    """
     if str(name).endswith('.json'):
         return _load_file(name, steps)
     counts = list_solvers()[check_choice('solver', name, list_solvers())]

@@ -225,7 +225,10 @@ def search(
     progress: bool = True,  # tqdm progress bar
     **settings,  # that differ from METHODS[method]; see `Recipe`
 ) -> SearchResult:
-    "Search a solver for a field (Alg. 2, and other ways). Deterministic, also when interrupted."
+    """Search a solver for a field (Alg. 2, and other ways). Deterministic, also when interrupted.
+
+    Which solver to take: `nbs/questions/which_solver.ipynb`.
+    """
     _check_pool(noise, cond, steps)
     check_int('seed', seed, 0)
     recipe = method_settings(method, settings)

@@ -202,7 +202,10 @@ def sample(
     cond: Tensor | None = None,  # labels or other conditions: the field is called field(x, t, cond)
     trajectory: bool = False,  # return every state x_0, ..., x_K instead of the last one
 ) -> Tensor:  # final state like noise, or [K + 1, B, ...] with `trajectory`; dtype of the noise
-    "Integrate with `solver.nfe` calls. Differentiable in noise, nodes, weights, gains. No state."
+    """Integrate with `solver.nfe` calls. Differentiable in noise, nodes, weights, gains. No state.
+
+    Which solver to take: `nbs/questions/which_solver.ipynb`.
+    """
     _check_inputs(noise, solver)
     field = field_on(field, solver.path, solver.coordinates)
     args = () if cond is None else (cond,)

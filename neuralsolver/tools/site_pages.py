@@ -179,7 +179,8 @@ def _cell_of(obj: Any) -> str:  # nbs/NOTEBOOK.html#cell-ID; empty if it has non
 def _plain(text: str) -> str:
     "A docstring as Markdown: outside code spans, no character has a meaning."
     escaped = outside_code(text, lambda s: re.sub(r'([\\*_$\[\]~])', r'\\\1', s))
-    return escaped.replace('<', '&lt;')
+    # a notebook named in a docstring is a link
+    return re.sub(r'`(nbs/\S+\.ipynb)`', r'[`\1`](../\1)', escaped.replace('<', '&lt;'))
 
 
 class Renderer(MarkdownRenderer):
