@@ -54,7 +54,8 @@ def test_manifest_has_every_figure_and_table_of_the_paper():
     for name in ['method', *figures, *tables, *(f'appendix-{c}' for c in 'bcdj')]:
         assert re.search(rf'\b{name}\b', names), name
     distilled = ITEMS[ITEMS['item'].isin(['table-6', 'table-7'])]
-    assert set(distilled['status']) == {'not reproducible'}
+    assert set(distilled['status']) == {'needs checkpoints'}
+    assert distilled['why'].str.contains('09_distilled').all()
 
 
 @pytest.mark.parametrize('profile', ['embedded', 'paper'])

@@ -127,6 +127,18 @@ def _counts(frame: pd.DataFrame, column: str, what: str) -> str:
     return f'{len(frame)} {what}: {", ".join(f"{n} {k}" for k, n in counts.most_common())}.'
 
 
+def _on_sweep(sweep: pd.DataFrame) -> str:
+    "How the searched tables compare with the best classical solver."
+    if 'ratio_searched' not in sweep:
+        return ''
+    ratio, n = sweep['ratio_searched'], len(sweep)
+    below = int((sweep['ratio_searched_high'] < 1).sum())
+    return (
+        f'Mean error of the searched table over that of the best classical solver, chosen on other '
+        f'noise: {ratio.min():.2f} to {ratio.max():.2f}, below 1 in {below} of {n} cases (95 %).'
+    )
+
+
 def _board(item: str, reports: Path) -> tuple[str, str]:  # HTML, sentence
     "The pieces that only the claims and the errata have."
     if item == 'claims' and (reports / 'claims.csv').is_file():
@@ -139,6 +151,8 @@ def _board(item: str, reports: Path) -> tuple[str, str]:  # HTML, sentence
         run = int((errata['executed'] == 'yes').sum())
         said = f'{run} disagreements were run here, {len(errata) - run} could not be.'
         return errata_cards(errata), said
+    if item == 'sweep' and (reports / 'sweep.csv').is_file():
+        return '', _on_sweep(pd.read_csv(reports / 'sweep.csv'))
     return '', ''
 
 
