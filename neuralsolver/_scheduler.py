@@ -20,7 +20,7 @@ from neuralsolver._conventions import (
     own_arguments,
     read_entry,
 )
-from .neural import list_solvers, load_solver
+from .neural import advised_rule, list_solvers, load_solver
 from .paths import NoisePath
 from .solvers import Solver
 from .utils import check_int, import_torchvision
@@ -164,7 +164,7 @@ def solver_for(
     raise ValueError(
         f'num_inference_steps={n} has no table here. There are tables for '
         f'{", ".join(map(str, sorted(known)))} steps: use one of these, or add a classical '
-        "solver to the list, for example solver=['sit-xl-2', 'ab3']."
+        f"solver to the list, for example solver=['sit-xl-2', {advised_rule(n, self.path)!r}]."
     )
 
 

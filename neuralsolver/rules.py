@@ -119,7 +119,7 @@ def classical_solver(
     name: str,  # RULE or RULE@GRID
     steps: int,  # number of steps; of evaluations for 'heun-nfe' and the exponential rules
     path: NoisePath = LinearPath(),  # where to integrate
-    nodes: Tensor | None = None,  # of the grid, in the place of a named one
+    nodes: Tensor | None = None,  # of the grid, in the place of a named one; used as they are
 ) -> Solver:
     "A classical solver by name; ValueError for a rule or a grid that is not known on the path."
     steps = check_int('steps', steps)

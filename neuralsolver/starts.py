@@ -16,14 +16,23 @@ from neuralsolver.closed_form import fit_rows, gits
 from neuralsolver.descent import Counted, Descent, SearchState, Task
 from neuralsolver.exponential import ddim
 from neuralsolver.losses import heldout_rmse, mean_distance
-from neuralsolver.neural import classical_names, get_solver, list_solvers, load_solver, NeuralSolver
+from neuralsolver.neural import get_solver, list_solvers, load_solver, NeuralSolver
 from neuralsolver.paths import LinearPath, NoisePath
 from neuralsolver.recipes import Method
+from neuralsolver.rules import classical_names
 from neuralsolver.solvers import Solver
 from neuralsolver.classical import uniform_grid
 
 STARTS = ('euler', 'best', 'best-published', 'best-classical')  # what `start` may say, or a name
 PUBLISHED = ('flowdcn-b-2', 'sit-xl-2', 'dit-xl-2')  # the paper's tables
+FLOW_STARTS = (  # on the linear path, where velocity rules lie in the family
+    'euler',
+    *[
+        f'{rule}@{grid}'
+        for rule in ('ab2', 'ab3', 'ab4')
+        for grid in ('time', 'power-1.2', 'power-1.35', 'log-snr-3')
+    ],
+)
 
 # %% ../nbs/2_learning/08_starts.ipynb #6f0f7888
 def check_init(
@@ -72,7 +81,8 @@ def start_candidates(
     "Solvers of the paper's family on a path that a search may start at."
     tables = [name for name in PUBLISHED if published and steps in list_solvers()[name]]
     found = {}
-    for name in [*classical_names(path), *tables]:
+    rules = FLOW_STARTS if path.coordinates == 'velocity' else classical_names(path)
+    for name in [*rules, *tables]:
         try:
             solver = start_solver(name, steps, path)
             NeuralSolver(steps, init=solver)
