@@ -30,8 +30,9 @@ from .utils import atomic_path, check_choice, split_names, write_json, write_tex
 
 # %% ../nbs/4_measure/12_curves.ipynb #e5a2dd03
 CURVE_SOLVERS = {  # by the path of the model
-    'linear': ('adam2', 'adam4', 'flowdcn-b-2', 'sit-xl-2'),
+    'linear': ('adam2', 'adam4', 'unipc-2@log-snr-3', 'flowdcn-b-2', 'sit-xl-2'),
     'vp': (
+        'unipc-2@quadratic',
         *(f'{rule}@{grid}' for rule in ('dpm-solver++3m', 'unipc-3') for grid in GRIDS_OF_TABLE_2),
         'dit-xl-2',
     ),

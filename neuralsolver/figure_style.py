@@ -63,6 +63,7 @@ _GRIDS = {
     'shifted': ('shifted t', '.5', 'left'),
     'optimized': ('optimised t', '.1', 'none'),
     'optimized-log-snr': ('optimised log-SNR', '.5', 'none'),
+    'power': ('t to the power', '.35', 'right'),
 }
 
 # %% ../nbs/4_measure/04_figure_style.ipynb #a10c5d05
@@ -94,6 +95,19 @@ def solver_kind(
     return _row(solver)[0]
 
 # %% ../nbs/4_measure/04_figure_style.ipynb #a10c5d06
+def _grid_row(
+    grid: str,  # of RULE@GRID: a name, a name with its number such as log-snr-3, or a table
+) -> tuple[str, str, str]:  # name, grey, fill of the marker
+    "The row of a grid in the style tables."
+    if grid in _GRIDS:
+        return _GRIDS[grid]
+    kind, _, number = grid.rpartition('-')
+    if kind in _GRIDS:
+        title, *look = _GRIDS[kind]
+        return f'{title} {number}', *look
+    return f'nodes of {solver_title(grid)}', '.3', 'top'
+
+
 def solver_title(
     solver: str,  # its name, as `get_solver` knows it, or 'teacher', 'real'
 ) -> str:
@@ -101,7 +115,7 @@ def solver_title(
     if solver in ('teacher', 'real'):
         return {'teacher': 'teacher', 'real': 'real images'}[solver]
     kind, grid, (title, *_) = _row(solver)
-    return f'{title}, {_GRIDS[grid][0]}' if grid else title
+    return f'{title}, {_grid_row(grid)[0]}' if grid else title
 
 
 def solver_style(
@@ -111,7 +125,7 @@ def solver_style(
     kind, grid, (_, colour, marker) = _row(solver)
     fill = 'full'
     if grid:
-        _, colour, fill = _GRIDS[grid]
+        _, colour, fill = _grid_row(grid)
     style = dict(color=colour, marker=marker, fillstyle=fill, ls='-', label=solver_title(solver))
     return style | _WIDTHS[kind]
 

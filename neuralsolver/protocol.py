@@ -75,6 +75,7 @@ def as_type(
 DEFAULT_SOLVERS = {  # by the path of the model
     'linear': (
         *('euler', 'adam2', 'adam4', 'ipndm', 'heun-nfe', 'heun'),
+        *('ab2@log-snr-3', 'unipc-2@log-snr-3'),  # the best of a screening on other noise
         *('flowdcn-b-2', 'sit-xl-2'),
     ),
     'vp': (
