@@ -195,6 +195,14 @@ def _defined(node: ast.AST) -> set[str]:
     return targets | {getattr(node, 'name', None)}
 
 
+def _computed(node: ast.AST) -> str:
+    "The code of a statement without comments and docstrings."
+    for part in ast.walk(node):
+        if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part):
+            part.body = part.body[1:] or [ast.Pass()]
+    return ast.unparse(node)
+
+
 @functools.cache
 def code_digest() -> str:  # 12 hexadecimal digits
     "Hash of the code that makes the numbers; results of other code are not resumed."
@@ -202,8 +210,9 @@ def code_digest() -> str:  # 12 hexadecimal digits
     for module, names in SOURCES.items():
         text = (package_root() / f'{module}.py').read_text(encoding='utf-8')
         for node in ast.parse(text).body:
-            if not names or _defined(node) & set(names):
-                h.update(ast.unparse(node).encode())  # without comments
+            prose = isinstance(node, ast.Expr | ast.Import | ast.ImportFrom)
+            if not prose and (not names or _defined(node) & set(names)):
+                h.update(_computed(node).encode())
     return h.hexdigest()[:12]
 
 # %% ../nbs/4_measure/08_sampling.ipynb #071eabbf

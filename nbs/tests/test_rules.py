@@ -1,9 +1,9 @@
-"Classical solvers by name, RULE@GRID: exponential rules on the flow path against diffusers and scipy."
+"Classical solvers by name: exponential rules on the flow path against diffusers and scipy."
 
 import numpy as np
 import pytest
 import torch
-from exact_cases import CENTERS, F64, STD, X0, noise_of_mixture, relative, rms, slope
+from exact_cases import CENTERS, STD, X0, noise_of_mixture, relative, rms, slope
 
 from neuralsolver.classical import adams_bashforth, euler, uniform_grid
 from neuralsolver.dpm_solvers import dpm_solver_pp, unipc
