@@ -65,7 +65,7 @@ def headline(
     style = FIGURE_STYLE | {'font.size': 10, 'axes.titlesize': 10, 'axes.labelsize': 10}
     style |= {'xtick.labelsize': 9.5, 'ytick.labelsize': 9.5}
     with plt.rc_context(style):
-        fig, axes = plt.subplots(1, len(names), figsize=(7.6, 3), squeeze=False)
+        fig, axes = plt.subplots(1, len(names), figsize=(8.6, 2.9), squeeze=False)
         for ax, name in zip(axes[0], names):
             _headline_panel(ax, table[table.model == name], metric)
             ax.set_title(PANELS[name])
@@ -75,7 +75,7 @@ def headline(
         axes[0, len(names) // 2].set_xlabel(
             f'network evaluations (guidance {guidance:g}, {count} noise samples)'
         )
-        fig.subplots_adjust(wspace=0.8)
+        fig.subplots_adjust(wspace=0.95)
         for ax in axes[0]:
             name_line_ends(ax, 10)
     return fig
