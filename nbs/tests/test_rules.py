@@ -1,4 +1,4 @@
-"Classical solvers by name: exponential rules on the flow path against diffusers and scipy."
+"Solvers by name, RULE@GRID: exponential rules on the flow path against diffusers and scipy."
 
 import numpy as np
 import pytest
