@@ -122,10 +122,12 @@ def comparisons(
         wins += classical is not None and len(searched) and searched.iloc[0].rmse < classical.rmse
         shown.append(row)
     both = [row for row in shown if len(row) == 5]
-    text = (
-        'RMSE to the teacher. The best searched table is nearer to it than the best classical rule '
-        f'at {wins} of {len(both)} numbers of evaluations.'
-    )
+    text = 'RMSE to the teacher.'
+    if both:
+        text += (
+            ' The best searched table is nearer to it than the best classical rule '
+            f'at {wins} of {len(both)} numbers of evaluations.'
+        )
     return table.__class__(shown), text
 
 # %% ../../nbs/tools/11_terminal.ipynb #48c79016
