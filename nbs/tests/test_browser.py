@@ -189,6 +189,22 @@ def test_start_in_jupyterlab(session):
     assert error['searched', 6] < error['euler', 24]
 
 
+def drag(page, handle, old):
+    "A slider dragged for 2 seconds: the picture follows; its last hash."
+    box, pictures = handle.bounding_box(), {old}
+    page.mouse.move(box['x'] + box['width'] / 2, box['y'] + box['height'] / 2)
+    page.mouse.down()
+    for k in range(20):
+        page.mouse.move(box['x'] + 2 * k, box['y'] + 5)
+        page.wait_for_timeout(100)
+        pictures.add(picture(page))
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    print(len(pictures) - 1, 'pictures in 20 moves')
+    assert len(pictures) > 4
+    return picture(page)
+
+
 def test_play_in_jupyterlab(session):
     "A slider by the keyboard, the buttons, another start."
     page, address, _ = session
@@ -203,6 +219,7 @@ def test_play_in_jupyterlab(session):
     handles.nth(0).focus()
     moved, _ = changed(page, first, lambda: page.keyboard.press('ArrowRight'))
     grid.get_by_text('0.000 to 0.257').wait_for(timeout=30_000)  # 0.26 : 0.25 : 0.25 : 0.25
+    moved = drag(page, handles.nth(4), moved)
     for name in ('gradient step', 'search from here', 'reset'):
         moved, _ = changed(page, moved, page.get_by_role('button', name=name).click)
         shot(page, f'play {name}')

@@ -12,21 +12,28 @@ from typing import NamedTuple
 
 import papermill
 import pytest
+import torch
 from bs4 import BeautifulSoup
 from fastcore.docments import docments
 from PIL import Image
 
+import neuralsolver as ns
 from neuralsolver.tools.docs import (
     all_notebooks,
     build_site,
     check_site,
+    navigation,
+    page_title,
     public_modules,
+    site_groups,
     stage_site,
 )
+from neuralsolver.tools.play import solver_of
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT / 'nbs'
-FEW = ['index', 'start', '1_method/05_solvers', '1_method/08_spacings']
+FEW = ['index', 'start', '1_method/05_solvers', '1_method/08_spacings', 'questions/which_solver']
+WIDTHS = (390, 800, 1400)  # of a phone, half a window, a window
 CHROMIUM = '/usr/bin/chromium'
 FLAGS = (
     '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
@@ -80,9 +87,36 @@ def test_page_of_every_notebook_is_in_the_navigation(site):
     linked = {a['href'] for a in site.soup('index.html').select('.sidebar-tree a')}
     for name, nb in site.notebooks.items():
         assert name == 'index' or html_of(name) in linked, name
-        title = ''.join(nb['cells'][0]['source']).splitlines()[0]
+        own = ''.join(nb['cells'][0]['source']).splitlines()[0].removeprefix('# ')
         heading = site.soup(html_of(name)).h1.find(string=True)
-        assert heading.strip() == title.removeprefix('# ').replace('`', '')
+        assert heading.strip() == (page_title(f'nbs/{name}.ipynb') or own.replace('`', ''))
+
+
+def test_navigation_names_pages_that_exist_and_no_title_twice():
+    pages = [page for titles in site_groups().values() for page in titles]
+    titles = [title for group in site_groups().values() for title in group.values()]
+    assert len(set(titles)) == len(titles) and len(set(pages)) == len(pages)
+    gone = [p for p in pages if not any((ROOT / f'{p}{end}').exists() for end in ('.ipynb', '.md'))]
+    assert gone == ['api/index']  # made by the build
+    assert next(iter(site_groups())) == 'Find an answer'
+
+
+def test_page_that_is_not_listed_joins_the_group_of_its_folder():
+    found = navigation(['nbs/1_method/99_new', 'nbs/1_method/05_solvers', 'new/page'])
+    assert found['The method'] == ['nbs/1_method/05_solvers', 'nbs/1_method/99_new']
+    assert found['Reference'] == ['new/page']
+
+
+def test_machinery_is_folded_and_what_teaches_is_not(site):
+    page = site.soup('nbs/1_method/05_solvers.html')
+    cells = {''.join(c['source']): c['id'] for c in site.notebooks['1_method/05_solvers']['cells']}
+    folded = {}
+    for source, cell in cells.items():
+        if place := page.find(id=f'cell-{cell}'):
+            folded[source] = place.select_one('details.hide') is not None
+    (imports,) = (source for source in folded if 'from fastcore' in source or 'import os' in source)
+    (sampler,) = (source for source in folded if 'def plain_sample' in source)
+    assert folded[imports] and not folded[sampler]
 
 
 def test_links_lead_somewhere(site):
@@ -308,6 +342,20 @@ def browser():
         b.close()
 
 
+SIDEWAYS = """width => document.documentElement.scrollWidth > width
+  || [...document.querySelectorAll('.content')].some(c => c.scrollWidth > c.clientWidth)"""
+
+
+def too_wide(page):
+    "Widths of the window at which the page or its text scrolls sideways."
+    found = []
+    for width in WIDTHS:
+        page.set_viewport_size(dict(width=width, height=900))
+        if page.evaluate(SIDEWAYS, width):
+            found.append(width)
+    return found
+
+
 def visit(browser, folder, names):
     "What every page shows, and what went wrong while it loaded."
     page = browser.new_page(viewport=dict(width=1300, height=900))
@@ -329,7 +377,7 @@ def visit(browser, folder, names):
     for name in names:
         wrong.clear()
         page.goto((folder / name).as_uri())
-        seen[name] = page.evaluate(LOOK) | dict(wrong=list(wrong))
+        seen[name] = page.evaluate(LOOK) | dict(wrong=list(wrong), wide=too_wide(page))
     page.close()
     return seen
 
@@ -338,7 +386,7 @@ def test_browser_shows_every_page_without_error(site, browser):
     "No raw formula, no missing picture, no request; as many formulas as in the notebook."
     names = sorted(p.relative_to(site.folder).as_posix() for p in site.folder.rglob('*.html'))
     seen = visit(browser, site.folder, names)
-    kinds = ('wrong', 'raw', 'errors', 'images', 'empty')
+    kinds = ('wrong', 'raw', 'errors', 'images', 'empty', 'wide')
     problems = [f'{n}: {k}: {v[k]}' for n, v in seen.items() for k in kinds if v[k]]
     assert not problems, '\n'.join(problems)
     wanted = {name: formulas_of(nb) for name, nb in site.notebooks.items()}
@@ -348,7 +396,7 @@ def test_browser_shows_every_page_without_error(site, browser):
 
 
 FAULTS = r"""<p>left $\frac12$ alone</p><img src="none.png"><script>console.error("oh")</script>
-<script src="https://example.org/x.js"></script>
+<script src="https://example.org/x.js"></script><div style="width: 500px">wide</div>
 <span class="math">\(a^b^c\)</span><span class="math">\(\undefinedmacro\)</span></article>"""
 
 
@@ -360,21 +408,156 @@ def test_browser_finds_each_kind_of_fault(site, browser, tmp_path):
     (copy / name).write_text(text.replace('</article>', FAULTS, 1), encoding='utf-8')
     seen = visit(browser, copy, [name])[name]
     assert len(seen['raw']) == 1 and len(seen['images']) == 1
-    assert len(set(seen['errors'])) == 2
+    assert len(set(seen['errors'])) == 2 and seen['wide'] == [390]
     assert seen['formulas'] == 2 + formulas_of(site.notebooks['1_method/05_solvers'])
     for kind in ('console: oh', 'failed: file:', 'outside: https://example.org/x.js'):
         assert any(w.startswith(kind) for w in seen['wrong']), (kind, seen['wrong'])
 
 
-def test_browser_searches_and_unfolds(site, browser):
+@pytest.mark.parametrize('width', WIDTHS)
+def test_browser_opens_the_menu_and_searches(site, browser, width):
+    "The button opens the menu where there is one; results have excerpts, answers come first."
+    page = browser.new_page(viewport=dict(width=width, height=900))
+    page.goto((site.folder / 'nbs/1_method/05_solvers.html').as_uri())
+    search = page.locator('.sidebar-search')
+    if width < 1008:
+        assert search.bounding_box()['x'] < 0  # out of sight
+        page.locator('.mobile-header .nav-overlay-icon').click()
+        page.wait_for_function("document.querySelector('.sidebar-drawer').offsetLeft >= 0")
+    link = page.locator('.sidebar-tree a', has_text='Which solver should I take?')
+    place = link.bounding_box()
+    assert 0 <= place['x'] and place['x'] + place['width'] <= width
+    search.fill('solver guidance')
+    search.press('Enter')
+    page.wait_for_selector('#search-results .search-summary ~ ul li p')
+    first = page.locator('#search-results li').first
+    assert 'which_solver' in first.locator('a').get_attribute('href')
+    assert 'guidance' in first.locator('p').inner_text()
+    page.close()
+
+
+def test_browser_unfolds_and_copies(site, browser):
     page = browser.new_page()
-    page.goto((site.folder / 'search.html').as_uri() + '?q=spacings')
-    page.wait_for_selector('#search-results li a', timeout=60000)
-    found = page.query_selector_all('#search-results li a')
-    assert any('spacings' in a.get_attribute('href') for a in found)
     page.goto((site.folder / 'nbs/1_method/08_spacings.html').as_uri())
     code = page.locator('div.cell details pre').first
     assert not code.is_visible()
     page.locator('div.cell details summary').first.click()
     assert code.is_visible()
+    assert page.locator('div.highlight button.copybtn').count() > 3
     page.close()
+
+
+# play, in a browser
+
+
+@pytest.fixture
+def play(site, browser):
+    page = browser.new_page(viewport=dict(width=1400, height=1000))
+    page.goto((site.folder / 'nbs/questions/play.html').as_uri())
+    yield page
+    page.close()
+
+
+def ends_of(solver):
+    "By `ns.sample`, from the noise samples of the page."
+    data = json.loads((NBS / 'tools/site/play.json').read_text(encoding='utf-8'))
+    centres, noise = (torch.tensor(data[k], dtype=torch.float64) for k in ('centres', 'noise'))
+    return ns.sample(ns.GaussianMixture(centres, std=data['std']), noise, solver)
+
+
+def random_table(seed):
+    generator = torch.Generator().manual_seed(seed)
+    N = 3 + seed
+    deltas = torch.rand(N, generator=generator, dtype=torch.float64) + 0.1
+    coefficients = torch.randn(N, N, generator=generator, dtype=torch.float64).tril(-1)
+    return solver_of(deltas, coefficients)
+
+
+SOLVERS = {
+    'Euler': lambda: ns.euler(3),
+    'Adams 2': lambda: ns.adams_bashforth(8, 2),
+    'published': lambda: solver_of(*table(ns.load_solver('sit-xl-2', 6))),
+    'random 3': lambda: random_table(0),
+    'random 8': lambda: random_table(5),
+}
+
+
+def table(solver):
+    return solver.nodes.diff(), (solver.weights / solver.span[:, None]).tril(-1)
+
+
+@pytest.mark.parametrize('name', SOLVERS)
+def test_browser_computes_what_sample_computes(play, name):
+    solver = SOLVERS[name]()
+    M = solver.weights / solver.span[:, None]
+    given = [solver.nodes.tolist(), M.tolist()]
+    ends = play.evaluate('([nodes, M]) => play.run(nodes, M).states.at(-1)', given)
+    right = ends_of(solver)
+    assert (torch.tensor(ends, dtype=torch.float64) - right).abs().max() < 1e-9
+    error = play.evaluate('([nodes, M]) => play.look({nodes, M}).errors.at(-1)', given)
+    teacher = ends_of(ns.adams_bashforth(200, 2))
+    assert error == pytest.approx((right - teacher).square().mean().sqrt().item(), abs=1e-9)
+
+
+def shown(page):  # nodes, M, error as text
+    solver = page.evaluate('play.solver')
+    return solver['nodes'], solver['M'], page.locator('#play output b').inner_text()
+
+
+def test_browser_moves_numbers_by_mouse_and_keyboard(play):
+    nodes, M, error = shown(play)
+    assert nodes == pytest.approx([k / 5 for k in range(6)])
+    first = play.locator('canvas.paths').evaluate('c => c.toDataURL()')
+    play.locator('.times input').first.focus()
+    play.keyboard.press('ArrowRight')
+    play.wait_for_function('play.latency.length === 1')
+    assert shown(play)[0][1] == pytest.approx(0.21)
+    cell = play.locator('.table input').last
+    cell.focus()
+    play.keyboard.press('ArrowUp')
+    play.wait_for_function('play.latency.length === 2')
+    assert shown(play)[1][4][3:] == pytest.approx([-0.49, 1.49])
+    box = cell.bounding_box()
+    play.mouse.move(box['x'] + 20, box['y'] + 5)
+    play.mouse.down()
+    play.mouse.move(box['x'] + 60, box['y'] + 5, steps=4)
+    play.mouse.up()
+    play.wait_for_function('play.latency.length > 2')
+    moved = shown(play)
+    assert moved[1][4][3] == pytest.approx(-0.09) and sum(moved[1][4]) == pytest.approx(1)
+    assert moved[2] != error
+    assert play.locator('canvas.paths').evaluate('c => c.toDataURL()') != first
+    play.get_by_role('button', name='reset').click()
+    assert shown(play) == (nodes, M, error)
+
+
+def test_browser_play_starts_from_tables_and_works_by_touch(site, browser):
+    context = browser.new_context(viewport=dict(width=390, height=844), has_touch=True)
+    page = context.new_page()
+    page.goto((site.folder / 'nbs/questions/play.html').as_uri())
+    start, steps = page.locator('#play select').all()
+    start.select_option('searched here')
+    errors = []
+    for n in range(3, 9):
+        steps.select_option(str(n))
+        assert len(shown(page)[1]) == n
+        errors.append(float(shown(page)[2]))
+    assert sorted(errors, reverse=True) == errors and errors[-1] < 0.02
+    steps.select_option('4')
+    assert start.locator('option:disabled').count() == 2  # the published tables begin at 5
+    page.locator('.table input').first.tap()
+    assert page.evaluate("document.activeElement.matches('.table input')")
+    context.close()
+
+
+@pytest.mark.slow
+def test_browser_play_follows_within_50_ms(play):
+    "From the input to the end of the frame; the lower quartile, because tests share the cores."
+    play.locator('#play select').nth(1).select_option('8')
+    play.locator('.table input').last.focus()
+    for _ in range(40):
+        play.keyboard.press('ArrowUp')
+    play.wait_for_timeout(500)
+    latency = sorted(play.evaluate('play.latency'))
+    print('input to picture, ms:', [round(v, 1) for v in latency])
+    assert latency[len(latency) // 4] < 50

@@ -275,7 +275,7 @@ def check_numbers(s):
 
 @pytest.fixture(scope='module')
 def log(one_thread):
-    return played(in_process('play', noises=40)['playground'])
+    return played(in_process('play', noises=40)['playing'])
 
 
 def test_play_draws_what_the_sliders_say(log):
