@@ -16,6 +16,9 @@ from torch import Tensor
 from neuralsolver._conventions import (
     check_entries,
     check_family,
+    noise_levels,
+    own_levels,
+    refuse_sigmas,
     output_factors,
     own_arguments,
     read_entry,
@@ -157,10 +160,10 @@ def solver_for(
             nodes = None if sigmas is None else self._nodes_of(sigmas)
             return self._classical(entry, n, shift, nodes)
         if n in steps:
-            self._refuse_sigmas(entry, sigmas)
+            refuse_sigmas(entry, sigmas)
             return self._fit(self._table(entry, n), shift)
         known.update(steps)
-    self._refuse_sigmas(self._entries[0], sigmas)
+    refuse_sigmas(self._entries[0], sigmas)
     raise ValueError(
         f'num_inference_steps={n} has no table here. There are tables for '
         f'{", ".join(map(str, sorted(known)))} steps: use one of these, or add a classical '
@@ -206,7 +209,7 @@ def set_timesteps(
 ):
     "Choose the table for N steps and forget every earlier run."
     n = self._steps_asked(num_inference_steps, sigmas, timesteps)
-    levels = self._own_sigmas(sigmas)
+    levels = own_levels(self.path, sigmas)
     key = n, self._shift(mu), levels
     if key not in self._numbers:
         solver = self.solver_for(n, mu, levels)
@@ -226,7 +229,7 @@ def _steps_asked(self: NeuralSolverScheduler, n, sigmas, timesteps) -> int:
             'or noise levels as sigmas to a classical rule.'
         )
     if sigmas is not None:
-        levels = len(_levels(sigmas))
+        levels = len(noise_levels(sigmas))
         if n not in (None, levels):
             raise ValueError(f'{levels} sigmas do not fit num_inference_steps={n}.')
         n = levels
@@ -234,53 +237,11 @@ def _steps_asked(self: NeuralSolverScheduler, n, sigmas, timesteps) -> int:
         raise ValueError('num_inference_steps=None is not allowed: give the number of steps.')
     return n
 
-
-def _levels(sigmas) -> Tensor:  # float64 [N]
-    "Noise levels without the last one, 0; ValueError if they do not fall."
-    try:
-        given = torch.as_tensor(sigmas, dtype=torch.float64, device='cpu').reshape(-1)
-    except (TypeError, ValueError) as e:
-        raise ValueError(f'sigmas={sigmas!r} is not allowed: give a list of numbers.') from e
-    levels = given[:-1] if len(given) > 1 and given[-1] == 0 else given
-    if (
-        not len(levels)
-        or not (levels.isfinite() & (levels > 0)).all()
-        or (levels.diff() >= 0).any()
-    ):
-        raise ValueError(
-            f'sigmas={given.tolist()} are not allowed: give finite numbers above 0 that fall.'
-        )
-    return levels
-
 # %% ../nbs/5_diffusers/03_scheduler.ipynb #5e44de80
-@patch
-def _own_sigmas(self: NeuralSolverScheduler, sigmas) -> tuple[float, ...] | None:
-    "A user's noise levels; None for none, and for those that flow pipelines send by default."
-    if sigmas is None:
-        return None
-    levels = _levels(sigmas)
-    default = torch.linspace(1, 0, len(levels) + 1, dtype=torch.float64)[:-1]
-    if self.path.coordinates == 'velocity' and torch.allclose(levels, default, 0, 1e-6):
-        return None
-    return tuple(levels.tolist())
-
-
-@patch
-def _refuse_sigmas(self: NeuralSolverScheduler, entry: str | dict, sigmas):
-    "ValueError for noise levels that would have to change a table."
-    if sigmas is not None:
-        name = entry if isinstance(entry, str) else entry.get('name', 'the solver')
-        raise ValueError(
-            f'sigmas={list(sigmas)} are refused: {name!r} is a table, whose noise levels were '
-            'searched with its weights. Give num_inference_steps alone, or a classical rule, '
-            "for example solver='ab2'."
-        )
-
-
 @patch
 def _nodes_of(self: NeuralSolverScheduler, sigmas) -> Tensor:  # [N + 1]
     "The times where these noise levels are reached, and the end of the path."
-    levels = _levels(sigmas)
+    levels = noise_levels(sigmas)
     most = self.noise_level(torch.tensor(self.path.t_noise, dtype=torch.float64))
     times = self.level_time(levels)
     end = torch.tensor([self.path.t_end], dtype=torch.float64)

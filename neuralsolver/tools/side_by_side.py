@@ -133,6 +133,12 @@ OTHER_NAMES = {  # item: file that is needed, pairs from the folder of results
 }
 
 # %% ../../nbs/tools/11_side_by_side.ipynb #c5d6382f
+def _evaluations(outputs: tuple[str, ...], reports: Path) -> list[Path]:
+    "Tables of eval and curves among the files of a run."
+    files = [reports / o for o in outputs if o.endswith('.csv')]
+    return [f for f in files if f.name.startswith(('eval_', 'curves_')) and f.is_file()]
+
+
 def pairs_of(
     item: dict,  # a row of the manifest
     outputs: tuple[str, ...],  # files of its run, below `reports`
@@ -140,13 +146,11 @@ def pairs_of(
 ) -> pd.DataFrame:  # a frame of pairs; empty if the item has no numbers of this kind
     "The paper's numbers and ours for an item."
     needed, find = OTHER_NAMES.get(item['item'], ('', None))
-    if find and (reports / needed).is_file():
-        return find(reports)
-    tables = [o for o in outputs if Path(o).name.startswith(('eval_', 'curves_'))]
-    tables = [o for o in tables if o.endswith('.csv') and (reports / o).is_file()]
-    if tables and item['item'] != 'mse':
+    if find:
+        return find(reports) if (reports / needed).is_file() else reported_pairs(item['reported'])
+    if tables := _evaluations(outputs, reports):
         metrics = [m for m in METRICS if m != 'FID'] if 'figure-6' in item['item'] else ['FID']
-        return evaluation_pairs(reports / tables[0], metrics)
+        return evaluation_pairs(tables[0], metrics)
     if item['reported']:
         return reported_pairs(item['reported'])
     return pd.DataFrame(columns=COLUMNS)
