@@ -59,7 +59,8 @@ def headline(
     table = pd.read_csv(csv)
     table = table[table.guidance == guidance]
     metric = 'mean_error' if 'mean_error_searched' in table else 'rmse'
-    names = [name for name in PANELS if name in set(table.model)]
+    known = [name for name in PANELS if name in set(table.model)]
+    names = known or list(dict.fromkeys(table.model))[:3]
     card = json.loads(Path(csv).with_suffix('.json').read_text(encoding='utf-8'))
     count = card['samples_per_seed'] * len(str(card['seeds']).split(','))
     style = FIGURE_STYLE | {'font.size': 10, 'axes.titlesize': 10, 'axes.labelsize': 10}
@@ -68,7 +69,7 @@ def headline(
         fig, axes = plt.subplots(1, len(names), figsize=(8.6, 2.9), squeeze=False)
         for ax, name in zip(axes[0], names):
             _headline_panel(ax, table[table.model == name], metric)
-            ax.set_title(PANELS[name])
+            ax.set_title(PANELS.get(name, name))
         axes[0, 0].set_ylabel(
             dict(mean_error='mean error', rmse='RMSE')[metric] + ' to the teacher'
         )
