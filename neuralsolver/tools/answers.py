@@ -49,9 +49,11 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        "yes, no or it depends."
+        "yes, nearly always, it depends or no."
         if self.better == self.cases:
             return 'yes'
+        if self.worse == 0 and self.better >= 0.9 * self.cases:
+            return 'nearly always'
         return 'no' if self.better == 0 else 'it depends'
 
     @property
