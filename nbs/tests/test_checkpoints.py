@@ -285,14 +285,11 @@ def end_points(name):
 
 
 CLASSICAL = {  # the strongest rows of reports/sweep.csv
-    'dit-tiny': (
-        'unipc-2@quadratic',
-        'unipc-2',
-        'unipc-3@quadratic',
-        'unipc-2@optimized',
-        'dpm-solver++2m@quadratic',
+    'dit-tiny': ('unipc-2@quadratic', 'unipc-2@log-snr-4', 'unipc-2@shifted-0.7'),
+    'flowdcn-tiny': (
+        *('ab2@optimized', 'ab4@log-snr-3.5', 'ipndm@log-snr-3.5'),
+        *('unipc-2@log-snr-3', 'unipc-2@log-snr-3.5', 'unipc-3@log-snr-3'),
     ),
-    'flowdcn-tiny': ('ab2', 'ab3', 'ab4'),
 }
 
 
@@ -306,11 +303,12 @@ SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in (6, 7, 9)]
 
 @pytest.mark.parametrize('n', [5, 8, 10, *SLOW])
 def test_searched_on_a_model_beats_classical_solvers(error_of, n):
-    "End-point RMSE without guidance, at most 0.75 of the best classical one."
+    "End-point RMSE without guidance, at most 0.75 of the best classical one; 0.9 at 5 steps."
     name, rmse = error_of
     path = VPPath() if name == 'dit-tiny' else None
     solvers = [get_solver(c, n, path) if path else get_solver(c, n) for c in CLASSICAL[name]]
-    assert rmse(load_solver(name, n)) <= 0.75 * min(map(rmse, solvers))
+    limit = 0.9 if n == 5 else 0.75
+    assert rmse(load_solver(name, n)) <= limit * min(map(rmse, solvers))
 
 
 @torch.inference_mode()

@@ -9,10 +9,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from test_search_notebook import in_process
 
+from neuralsolver.checkpoints import load_model
+from neuralsolver.classical import euler
 from neuralsolver.evaluate import evaluate, write_reports
+from neuralsolver.fields import Field
+from neuralsolver.neural import get_solver
 from neuralsolver.protocol import Protocol
+from neuralsolver.screening import SCREEN_SEED
+from neuralsolver.solvers import sample
+from neuralsolver.utils import indexed_noise
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERMILL = Path(sys.executable).with_name('papermill')
@@ -166,7 +174,9 @@ def test_optimised_steps_do_not_depend_on_the_start_at_five(table_2):
 # the sweep over models, guidance and steps
 
 
-def test_sweep_names_the_best_classical_solver(tmp_path):
+@pytest.fixture(scope='module')
+def sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('sweep')
     in_process(
         'sweep',
         models='fashion-mixture',
@@ -174,11 +184,48 @@ def test_sweep_names_the_best_classical_solver(tmp_path):
         guidance='1',
         samples=20,
         seeds='0,1',
+        screen='4,8,16',
         teacher_steps=10,
-        reports_dir=str(tmp_path),
+        processes=1,
+        reports_dir=str(folder),
     )
-    rows, best = pd.read_csv(tmp_path / 'sweep_all.csv'), pd.read_csv(tmp_path / 'sweep.csv')
-    searched = ['flowdcn-b-2', 'sit-xl-2', 'fashion-mixture']
-    classical = rows[~rows.solver.isin(searched)].groupby('solver').rmse.mean()
-    assert np.isclose(best.rmse_classical[0], classical.min(), rtol=1e-5)
-    assert (rows.nfe == 5).all()
+    return {n: pd.read_csv(folder / f'{n}.csv') for n in ('sweep', 'sweep_all', 'sweep_screen')}
+
+
+def errors_of(solver, seed, n):
+    "Errors to Euler-10 on noise of a seed, by `sample` alone."
+    net = load_model('fashion-mixture')
+    noise = indexed_noise(range(n), net.sample_shape, seed)
+    labels = torch.arange(n) % 10
+    ends = [sample(Field(net), noise, s, labels) for s in (solver, euler(10))]
+    return (ends[0] - ends[1]).double().flatten(1).square().mean(1).sqrt()
+
+
+def test_the_sweep_chooses_on_other_noise_than_it_reports(sweep):
+    screened = sweep['sweep_screen']
+    best = sweep['sweep'].iloc[0]
+    classical = screened[screened.role == 'classical']
+    assert classical.samples.value_counts().to_dict() == {4: 69, 8: 20, 16: 10}
+    finalists = classical[classical.samples == 16].set_index('solver').mean_error
+    assert best.best_classical == finalists.idxmin()
+    again = errors_of(get_solver(best.best_classical, 5), SCREEN_SEED, 16)
+    assert np.isclose(again.mean(), finalists.min(), rtol=1e-4)
+
+
+def test_the_sweep_reports_what_sampling_gives(sweep):
+    best, rows = sweep['sweep'].iloc[0], sweep['sweep_all']
+    assert (rows.nfe == 5).all() and set(rows.seed) == {0, 1}
+    means = {}
+    for role, name in (('classical', best.best_classical), ('searched', 'fashion-mixture')):
+        by_seed = [errors_of(get_solver(name, 5), seed, 20) for seed in (0, 1)]
+        means[role] = torch.cat(by_seed).mean()
+        rmse = np.mean([e.square().mean().sqrt() for e in by_seed])
+        assert np.isclose(best[f'rmse_{role}'], rmse, rtol=1e-4)
+        assert np.isclose(best[f'mean_error_{role}'], means[role], rtol=1e-4)
+    assert np.isclose(best.ratio_searched, means['searched'] / means['classical'], rtol=1e-4)
+    assert best.ratio_searched_low < best.ratio_searched < best.ratio_searched_high
+
+
+def test_the_noise_of_the_screening_cannot_be_reported(tmp_path):
+    with pytest.raises(ValueError, match='9999 is the seed of the screening'):
+        in_process('sweep', models='fashion-mixture', seeds='9999', reports_dir=str(tmp_path))
