@@ -94,16 +94,20 @@ def default_output(
     return os.path.relpath(nbs.parent / 'results' / path.name)
 
 # %% ../../nbs/tools/03_papermill_engine.ipynb #c2ff2bab
+def _our_notebooks() -> dict[str, Path]:
+    "Notebooks of ours by name, in `nbs/` of the working directory or of one above it."
+    root = next((p for p in (Path(), *Path.cwd().parents) if (p / 'nbs').is_dir()), None)
+    if root is None:
+        return {}
+    files = [f for folder in ('nbs', 'nbs/studies') for f in (root / folder).glob('*.ipynb')]
+    return {f.stem: f for f in files if is_ours(json.loads(f.read_text(encoding='utf-8')))}
+
+
 def missing_notebook(
     name: str,  # papermill's first positional argument
 ) -> str:  # empty if it is there, or if there are no notebooks of ours
     "What to say of a notebook that does not exist."
-    root = next((p for p in (Path(), *Path.cwd().parents) if (p / 'nbs').is_dir()), None)
-    if root is None or name == '-' or '://' in name or Path(name).exists():
-        return ''
-    files = [f for folder in ('nbs', 'nbs/studies') for f in (root / folder).glob('*.ipynb')]
-    known = {f.stem: f for f in files if is_ours(json.loads(f.read_text(encoding='utf-8')))}
-    if not known:
+    if name == '-' or '://' in name or Path(name).exists() or not (known := _our_notebooks()):
         return ''
     close = difflib.get_close_matches(Path(name).stem, known, 1)
     if close:

@@ -44,13 +44,18 @@ def print_result(
     **files: Path | Sequence[Path],  # by what they are: table=..., pictures=[...]
 ):
     "The end of a command, at most 80 columns wide; files that do not exist are left out."
-    from neuralsolver.utils import repository_root, results_root
-
     if table is not None:
         print(_aligned(table), end='\n\n')
     print(textwrap.fill(text, WIDTH), end='\n\n')
     lists = {what: [f] if isinstance(f, str | Path) else f for what, f in files.items()}
-    there = [(what, Path(f)) for what, paths in lists.items() for f in paths if Path(f).exists()]
+    _print_files([(what, Path(f)) for what, paths in lists.items() for f in paths])
+
+
+def _print_files(named: list[tuple[str, Path]]):
+    "Files by what they are; those of the first folder below its name."
+    from neuralsolver.utils import repository_root, results_root
+
+    there = [(what, file) for what, file in named if file.exists()]
     folders = [file.parent for _, file in there]
     many = folders[0] if len(folders) > 1 and folders[0] == folders[1] else None
     if many:
