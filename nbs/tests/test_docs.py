@@ -4,6 +4,7 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -552,12 +553,26 @@ def test_browser_play_starts_from_tables_and_works_by_touch(site, browser):
 
 @pytest.mark.slow
 def test_browser_play_follows_within_50_ms(play):
-    "From the input to the end of the frame; the lower quartile, because tests share the cores."
+    "CPU of the page's thread a picture, to which a frame of 17 ms comes; the wait if it is quiet."
     play.locator('#play select').nth(1).select_option('8')
     play.locator('.table input').last.focus()
+    devtools = play.context.new_cdp_session(play)
+    devtools.send('Performance.enable', {'timeDomain': 'threadTicks'})
+
+    def seconds():
+        metrics = devtools.send('Performance.getMetrics')['metrics']
+        return next(m['value'] for m in metrics if m['name'] == 'TaskDuration')
+
+    before = seconds()
     for _ in range(40):
         play.keyboard.press('ArrowUp')
+        play.wait_for_timeout(30)
     play.wait_for_timeout(500)
     latency = sorted(play.evaluate('play.latency'))
-    print('input to picture, ms:', [round(v, 1) for v in latency])
-    assert latency[len(latency) // 4] < 50
+    cpu = 1000 * (seconds() - before) / len(latency)
+    print(
+        f'{cpu:.1f} ms CPU a picture; input to picture: median {latency[len(latency) // 2]:.1f} ms'
+    )
+    assert cpu < 33
+    if os.getloadavg()[0] < 1:
+        assert latency[len(latency) // 2] < 50

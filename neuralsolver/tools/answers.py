@@ -49,12 +49,12 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        "yes, nearly always, it depends or no."
-        if self.better == self.cases:
-            return 'yes'
-        if self.worse == 0 and self.better >= 0.9 * self.cases:
-            return 'nearly always'
-        return 'no' if self.better == 0 else 'it depends'
+        "The answer in a word or two."
+        if self.better in (0, self.cases):
+            return 'yes' if self.better else 'no'
+        if self.wins:
+            return 'mostly yes'
+        return 'mostly no' if self.worse > self.cases / 2 else 'it depends'
 
     @property
     def wins(self) -> bool:
