@@ -140,7 +140,7 @@ CUT = """() => [...document.querySelectorAll('.card')].filter(card =>
 @pytest.mark.parametrize('width', [390, 800, 1400])
 def test_page_fits_its_window_and_anchors_land(browser, width):
     page = browser.new_page(viewport=dict(width=width, height=900))
-    page.goto((REPORTS / 'index.html').as_uri())
+    page.goto((REPORTS / 'index.html').as_uri(), timeout=180_000)
     assert page.evaluate(SIZE)[0] <= width
     assert page.evaluate(CUT) == []
     for item in ('figure-4-sit', 'table-2', 'claims', 'benchmark'):
@@ -156,7 +156,7 @@ def test_page_fits_its_window_and_anchors_land(browser, width):
 
 def test_cards_take_eight_screens_and_open(browser):
     page = browser.new_page(viewport=dict(width=1400, height=900))
-    page.goto((REPORTS / 'index.html').as_uri())
+    page.goto((REPORTS / 'index.html').as_uri(), timeout=180_000)
     assert page.locator('.card').count() == len(ITEMS)
     assert page.evaluate(SIZE)[1] < 8.5 * 900
     page.locator('.tile.confirmed > summary').click()
@@ -169,7 +169,7 @@ def test_cards_take_eight_screens_and_open(browser):
 
 def test_dark_page_has_pictures_on_white(browser):
     page = browser.new_page(color_scheme='dark')
-    page.goto((REPORTS / 'index.html').as_uri())
+    page.goto((REPORTS / 'index.html').as_uri(), timeout=180_000)
     colour = "q => getComputedStyle(document.querySelector(q))['background-color']"
     assert page.evaluate(colour, '.picture') == 'rgb(255, 255, 255)'
     body = page.evaluate(colour, 'body').removeprefix('rgb(').removesuffix(')').split(',')
