@@ -279,6 +279,8 @@ def advised_rule(
 ) -> str:  # RULE@GRID
     "The classical solver to take where there is no table."
     if path.coordinates == 'velocity':
+        if steps > 15:
+            return 'ab2'
         return 'ab2@log-snr-3.5' if steps < 5 else 'ab3@power-1.2'
     return 'unipc-2@log-snr-4' if steps < 5 else 'unipc-2@quadratic'
 
@@ -290,7 +292,7 @@ def _advice(name: str, counts: list[int], steps: object) -> str:
     path = load_solver(name, counts[0]).path
     rule = 'ab2' if path.coordinates == 'velocity' else 'unipc-2'
     return (
-        f'Give one of these, {advised_rule(steps, path)!r} (a classical rule on a good grid), '
+        f'Give one of these, {advised_rule(steps, path)!r} (a classical rule), '
         f'or {f"{rule}@{name}"!r} (the nodes of these tables, interpolated).'
     )
 
