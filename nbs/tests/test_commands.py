@@ -85,7 +85,9 @@ def small(tmp_path_factory):
 
 def check_result(lines, folder):
     "A table, a sentence and the paths of files that exist."
-    assert re.fullmatch(r'solver +evaluations +RMSE to teacher +Frechet distance', lines[0])
+    assert re.fullmatch(
+        r'solver +evaluations +mean error +Frechet distance above teacher', lines[0]
+    )
     assert [line.split()[0] for line in lines[1:4]] == ['euler', 'adam2', 'teacher']
     assert f'{folder.relative_to(ROOT)}/' in lines
     named = [folder / line.split()[1] for line in lines if line.startswith('  ')]

@@ -70,14 +70,14 @@ def _print_files(named: list[tuple[str, Path]]):
 def _contest(table, evaluations: int) -> tuple:
     "Rows with so many evaluations: the best classical rule (None: none), the searched tables."
     rows = table[(table.nfe == evaluations) & ~table.solver.isin(['teacher', 'real'])]
-    rows = rows.dropna(subset='rmse').sort_values('rmse')
+    rows = rows.dropna(subset='mean_error').sort_values('mean_error')
     classical, searched = rows[rows.params == 0], rows[rows.params > 0]
     return (classical.iloc[0] if len(classical) else None), searched
 
 
 def _nearer(classical, searched) -> str:
     "Which of two rows is nearer to the teacher, in words."
-    factor = classical.rmse / searched.rmse
+    factor = classical.mean_error / searched.mean_error
     if factor >= 1:
         return f'{searched.solver} is {factor:.1f} times nearer to the teacher than'
     return f'{searched.solver} is {1 / factor:.1f} times farther from the teacher than'
@@ -88,24 +88,28 @@ def comparison(
     evaluations: int,  # of the network, in every row compared
 ) -> tuple:  # a short table, a sentence
     "What a table of one number of steps says."
+    from neuralsolver.tables import mean_sd
+
     classical, searched = _contest(table, evaluations)
     if classical is None or not len(searched):
         rows = table[table.solver != 'real']
-        text = f'RMSE to the teacher, with {evaluations} evaluations.'
+        text = f'Mean error to the teacher, with {evaluations} evaluations.'
     else:
         names = [classical.solver, *searched.solver, 'teacher']
-        rows = table[table.solver.isin(names)].sort_values('rmse', ascending=False)
+        rows = table[table.solver.isin(names)].sort_values('mean_error', ascending=False)
         said = _nearer(classical, searched.iloc[0])
         text = (
             f'With {evaluations} evaluations, {said} {classical.solver}, the best classical rule.'
         )
     quality = 'fd' if 'fd' in table else 'fid'
-    shown = rows[['solver', 'nfe', 'rmse', quality]].copy()
+    shown = rows[['solver', 'nfe', 'mean_error', quality]].copy()
     shown['nfe'] = shown.nfe.astype(int)
-    shown['rmse'] = shown.rmse.map('{:.4f}'.format)
-    shown[quality] = shown[quality].map('{:.2f}'.format)
+    shown['mean_error'] = shown.mean_error.map('{:.4f}'.format)
+    shown[quality] = [
+        mean_sd(mean, sd) for mean, sd in zip(rows[f'{quality}_above'], rows[f'{quality}_above_sd'])
+    ]
     distance = {'fd': 'Frechet distance', 'fid': 'FID'}[quality]
-    names = {'nfe': 'evaluations', 'rmse': 'RMSE to teacher', quality: distance}
+    names = {'nfe': 'evaluations', 'mean_error': 'mean error', quality: f'{distance} above teacher'}
     return shown.rename(columns=names), text
 
 
@@ -118,16 +122,17 @@ def comparisons(
         classical, searched = _contest(table, n)
         row = dict(evaluations=int(n))
         if classical is not None:
-            row |= {'best classical': classical.solver, 'RMSE': f'{classical.rmse:.4f}'}
+            row |= {'best classical': classical.solver, 'error': f'{classical.mean_error:.4f}'}
         if len(searched):
             row |= {
                 'best searched': searched.iloc[0].solver,
-                'RMSE ': f'{searched.iloc[0].rmse:.4f}',
+                'error ': f'{searched.iloc[0].mean_error:.4f}',
             }
-        wins += classical is not None and len(searched) and searched.iloc[0].rmse < classical.rmse
+        if classical is not None and len(searched):
+            wins += searched.iloc[0].mean_error < classical.mean_error
         shown.append(row)
     both = [row for row in shown if len(row) == 5]
-    text = 'RMSE to the teacher.'
+    text = 'Mean error to the teacher.'
     if both:
         text += (
             ' The best searched table is nearer to it than the best classical rule '
