@@ -131,7 +131,7 @@ def steps_table(
         table.append(row)
     return pd.DataFrame(table)
 
-
+# %% ../../nbs/tools/12_answers.ipynb #7f7ad56a
 def answer(
     rows: pd.DataFrame,  # of `read_sweep`
     kind: str,  # searched or published

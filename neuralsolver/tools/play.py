@@ -20,7 +20,7 @@ from PIL import Image
 
 import neuralsolver as ns
 from neuralsolver.losses import aligned_loss
-from neuralsolver.utils import check_choice, check_int, indexed_noise, repository_root, write_json
+from neuralsolver.utils import check_choice, indexed_noise, repository_root, write_json
 
 # %% ../../nbs/tools/11_play.ipynb #e5a9f235
 FIELDS, MAX_STEPS = ('line', 'ring', 'clusters'), 6
@@ -34,7 +34,7 @@ CENTERS = {
 }
 STD = {'line': 0.15, 'ring': 0.15, 'clusters': 0.2}
 
-
+# %% ../../nbs/tools/11_play.ipynb #21ba87a6
 @dataclass(frozen=True)
 class Problem:
     "A mixture in float64, with its teacher on the samples that are shown and on the pool."
@@ -266,178 +266,6 @@ class Picture:
         pixels = Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3])
         pixels.save(buffer, 'png', compress_level=1)
         self.view.value = buffer.getvalue()
-
-# %% ../../nbs/tools/11_play.ipynb #ab5857ef
-class Controls:
-    "Choices and buttons."
-
-    def __init__(self, field: str, steps: int, start: str):
-        narrow = dict(style=dict(description_width='45px'), layout=widgets.Layout(width='190px'))
-        names = dict(options=start_names(steps), value=start, description='start')
-        self.field = widgets.Dropdown(options=FIELDS, value=field, description='field', **narrow)
-        self.steps = widgets.IntSlider(steps, 2, MAX_STEPS, description='N', **narrow)
-        self.start = widgets.Dropdown(**names, **narrow)
-        self.length = widgets.FloatLogSlider(
-            0.1,
-            base=10,
-            min=-3,
-            max=0,
-            step=0.1,
-            description='step length',
-            readout_format='.3f',
-            layout=widgets.Layout(width='280px'),
-        )
-        wide = dict(layout=widgets.Layout(width='150px'))
-        self.reset = widgets.Button(description='reset', **wide)
-        self.descend = widgets.Button(description='gradient step', **wide)
-        self.search = widgets.Button(description='search from here', **wide)
-        choices = widgets.HBox([self.field, self.steps, self.start])
-        actions = widgets.HBox([self.reset, self.descend, self.search, self.length])
-        self.view = widgets.VBox([choices, actions])
-
-# %% ../../nbs/tools/11_play.ipynb #140d0048
-def label(width: str, text: str = '', left: str = '4px') -> widgets.HTML:
-    layout = widgets.Layout(width=width, margin=f'0 0 0 {left}', flex='0 0 auto')
-    return widgets.HTML(text, layout=layout)
-
-
-def heading(N: int) -> widgets.HBox:
-    "The first line of the grid, with the style that leaves room for the sliders."
-    width = '{min-width: 40px; width: 40px; margin: 0}'
-    style = f'<style>.play-grid .widget-readout {width}</style>'
-    columns = [f'<i>M</i> for <i>v</i><sub>{j}</sub>' for j in range(N - 1)]
-    wide = [label('200px', text) for text in ('time delta', *columns)]
-    return widgets.HBox([label('100px', f'{style}nodes'), *wide])
-
-
-def slider(numbers: torch.Tensor, key, low: float, high: float, moved) -> widgets.FloatSlider:
-    "A slider for numbers[key]; calls `moved` when it is moved."
-    layout = widgets.Layout(width='204px', margin='0', flex='0 0 auto')
-    look = dict(step=0.01, readout_format='.2f', layout=layout)
-    w = widgets.FloatSlider(numbers[key].item(), min=low, max=high, **look)
-
-    def on_value(change):
-        # the browser rounds a slider that it shows to its step and says so: that is no move
-        if abs(change['new'] - change['old']) >= 0.0051:
-            numbers[key] = change['new']
-            moved()
-
-    w.observe(on_value, 'value')
-    return w
-
-# %% ../../nbs/tools/11_play.ipynb #f76bd777
-class Grid:
-    "The table as sliders: `deltas` and `coefficients` are its state."
-
-    def __init__(self, moved):
-        self.moved = moved  # called when a slider was moved
-        self.view = widgets.VBox()
-        self.view.add_class('play-grid')
-
-    def show(self, solver: ns.Solver):
-        "New sliders, a row a step."
-        self.deltas, self.coefficients = table_of(solver)
-        N, c = solver.nfe, self.coefficients
-        limit = max(3.0, np.ceil(c.abs().max().item()))
-        self.times = [label('100px') for _ in range(N)]
-        self.diagonal = [label('44px', left='14px') for _ in range(N)]
-        self.delta_sliders = [slider(self.deltas, i, 0.01, 1.0, self.moved) for i in range(N)]
-        self.sliders, rows = {}, []
-        for i in range(N):
-            past = [slider(c, (i, j), -limit, limit, self.moved) for j in range(i)]
-            self.sliders |= {(i, j): w for j, w in enumerate(past)}
-            row = [self.times[i], self.delta_sliders[i], *past, self.diagonal[i]]
-            rows.append(widgets.HBox(row))
-        self.view.children = [heading(N), *rows]
-
-    def write(self, nodes: torch.Tensor, M: torch.Tensor):
-        "What follows from the sliders: times and the diagonal."
-        for i, (times, diagonal) in enumerate(zip(self.times, self.diagonal)):
-            times.value = f'{nodes[i]:.3f} to {nodes[i + 1]:.3f}'
-            diagonal.value = f'{M[i, i]:.2f}'
-
-# %% ../../nbs/tools/11_play.ipynb #54f1c01e
-class Playground:
-    "Controls, grid and picture of a solver, compared with the start and with Euler."
-
-    def __init__(self, field: str, steps: int, start: str, noises: int, seed: int):
-        self.samples = (noises, seed)
-        self.grid, self.picture, self.status = Grid(self.on_move), Picture(), widgets.HTML()
-        self.controls = c = Controls(field, steps, start)
-        parts = [c.view, self.grid.view, self.status, self.picture.view]
-        self.view, self.busy = widgets.VBox(parts), False
-        for choice in (c.field, c.steps, c.start):
-            choice.observe(self.on_choice, 'value')
-        c.reset.on_click(self.on_reset)
-        c.descend.on_click(self.on_descend)
-        c.search.on_click(self.on_search)
-        self.on_reset()
-
-    @property
-    def solver(self) -> ns.Solver:
-        return solver_of(self.grid.deltas, self.grid.coefficients)
-
-    def show(self, solver: ns.Solver):
-        self.grid.show(solver)
-        self.redraw()
-
-    def redraw(self):
-        now = look(self.p, self.solver)
-        self.grid.write(now.nodes, now.M)
-        self.picture.show(now)
-
-    def on_move(self):
-        self.status.value = ''
-        self.redraw()
-
-    def on_choice(self, change):
-        "Another field, N or start; a start that N does not have becomes ab2."
-        start = self.controls.start
-        if self.busy:
-            return
-        if change['owner'] is self.controls.steps:
-            self.busy, chosen = True, start.value  # changes of `start` are not choices
-            start.options = start_names(self.controls.steps.value)
-            start.value = chosen if chosen in start.options else 'ab2'
-            self.busy = False
-        self.on_reset()
-
-    def on_reset(self, _=None):
-        c = self.controls
-        self.status.value = 'searching ...' if c.start.value == 'searched' else ''
-        self.p = problem(c.field.value, *self.samples)
-        first = start_solver(c.start.value, c.steps.value, self.p)
-        euler = look(self.p, ns.euler(first.nfe))
-        self.picture.begin(self.p, look(self.p, first), euler, 'yours')
-        self.show(first)
-        self.status.value = f'start: {c.start.value}'
-
-    def on_descend(self, _=None):
-        length = self.controls.length.value
-        solver, before, after = gradient_step(self.p, self.solver, length)
-        self.show(solver)
-        said = f'gradient step: loss on the pool {before:.5f} before, {after:.5f} after'
-        self.status.value = said if after < before else f'{said}: no step downhill was found'
-
-    def on_search(self, _=None):
-        self.status.value = 'searching ...'
-        self.show(search_from(self.p, self.solver))
-        self.status.value = 'a short search from where the sliders were'
-
-# %% ../../nbs/tools/11_play.ipynb #52eb3f1a
-def playground(
-    field: str = 'ring',  # line (1-D), ring or clusters (2-D): the field that is shown first
-    steps: int = 4,  # evaluations N, from 2 to 6
-    start: str = 'ab2',  # euler, ab2, ab3, searched, or the name of a table that has N steps
-    noises: int = 200,  # noise samples that are shown and measured
-    seed: int = 0,  # of all noise samples
-) -> Playground:  # its `view` is a widget
-    "The sliders; ValueError names what is allowed."
-    check_choice('field', field, FIELDS)
-    check_int('steps', steps, 2, MAX_STEPS)
-    check_choice('start', start, start_names(steps))
-    check_int('noises', noises, 20)
-    return Playground(field, steps, start, noises, check_int('seed', seed, 0))
 
 # %% ../../nbs/tools/11_play.ipynb #dd0fa9ea
 PRESETS = {  # name on the page: solver
