@@ -135,7 +135,11 @@ def notebook_page(
     "Hidden cells out, directives to tags, solutions and machinery folded, links rewritten."
     fold = fold or nb['metadata'].get('neuralsolver', {}).get('papermill', False)
     pages = dict(code=_code_cell, markdown=_markdown_cell)
-    cells = json.loads(json.dumps(nb['cells']))
+    cells = [
+        cell
+        for cell in json.loads(json.dumps(nb['cells']))
+        if 'readme' not in cell['metadata'].get('tags', [])  # for README.md, where no menu is
+    ]
     shown = [pages[c['cell_type']](c, resolve, fold) for c in cells if c['cell_type'] in pages]
     return nb | dict(cells=[cell for cell in shown if cell])
 
