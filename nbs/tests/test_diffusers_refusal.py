@@ -27,7 +27,7 @@ SOLVERS = [  # class, solver, what the error says
     (VP, ['dit-xl-2', euler(4)], ('euler', *VP_TO_FLOW)),
     (Flow, 'sit-xl', ("solver='sit-xl'", 'sit-xl-2', 'euler')),
     (VP, 'euler', ("solver='euler'", 'dit-xl-2', 'ddim')),
-    (VP, 'ddim@cosine', ("grid='cosine'",)),
+    (VP, 'ddim@cosine', ("spacing='cosine'",)),
     (Flow, ['sit-xl-2', 'none'], ("solver='none'",)),
     (Flow, [], ('solver=[]',)),
     (Flow, 8, ('solver=8',)),

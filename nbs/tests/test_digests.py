@@ -68,6 +68,8 @@ def test_digests_are_equal_under_three_vector_widths(solvers):
 def test_last_bits_do_not_change_a_digest_and_the_ninth_digit_does(solvers):
     g = torch.Generator().manual_seed(0)
     for solver in solvers:
+        if not solver.gain.all():  # ends at the data in data coordinates: no gains of its own
+            continue
         bits = 1 + 4e-16 * torch.randn(solver.nodes.shape, generator=g, dtype=torch.float64)
         free = replace(solver, gains=solver.gain)
         near = replace(solver, nodes=solver.nodes * bits, gains=solver.gain)

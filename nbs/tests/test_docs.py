@@ -332,7 +332,7 @@ LOOK = r"""async () => {
 }"""
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')  # two sync_playwright cannot live in one thread
 def browser():
     api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
     if not Path(CHROMIUM).exists():

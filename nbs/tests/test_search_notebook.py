@@ -214,7 +214,7 @@ def test_histories_without_losses_or_with_negative_ones_are_drawn(
         (dict(options='step=3'), "setting of method 'ours'='step' is not known"),
         (dict(label='a/b'), "label='a/b' is not allowed"),
         (dict(device='gpu'), "device='gpu'"),
-        (dict(options='start=unipc-2'), "solver='unipc-2' is not known. Allowed: euler"),
+        (dict(options='start=unipc-2'), "init='unipc-2' is in data coordinates"),
         (dict(options='batch_size=41'), 'batch_size=41'),
         (dict(options=None, samples=31), 'batch_size=32'),
         (dict(seed=-1), 'seed=-1'),

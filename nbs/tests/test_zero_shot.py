@@ -174,7 +174,7 @@ def test_refused_parameter_of_zero_shot_is_named(tmp_path):
         (dict(prompts='a cat'), 'prompts: .* is no class'),
         (dict(prompts=';'), 'prompts='),
         (dict(prompts='none.txt'), 'prompts file none.txt does not exist'),
-        (dict(baselines='ddim'), 'is not known'),
+        (dict(baselines='dpm'), 'is not known'),
         (dict(solvers='sit-xl-2,sit-xl-2'), 'solvers=.*distinct'),
         (dict(baselines='own', reference_steps=5), 'twice'),
         (dict(dtype='int8'), 'dtype='),
