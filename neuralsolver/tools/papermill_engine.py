@@ -244,6 +244,12 @@ def _inject(nb: Mapping, kernel_name: str, parameters: dict[str, Any]):
 QUIET = ('--IPKernelApp.log_level=CRITICAL',)
 
 
+def error_names(nb: Mapping) -> list[str]:
+    "Exceptions that ended its cells."
+    outputs = [output for cell in nb['cells'] for output in cell.get('outputs', [])]
+    return [output.ename for output in outputs if output.output_type == 'error']
+
+
 def _run(nb: Mapping, kernel_name: str, input_path: str, kwargs: dict) -> Mapping:
     "Execute a notebook of ours for the command: a live line, then its summary."
     line = LiveLine(Path(input_path).stem, len(nb['cells']))
@@ -251,12 +257,16 @@ def _run(nb: Mapping, kernel_name: str, input_path: str, kwargs: dict) -> Mappin
     if kwargs.pop('progress_bar', True) and not logged:
         kwargs |= dict(stderr_file=line, on_cell_start=line.cell)
     settings = dict(progress_bar=False, extra_arguments=[*QUIET])
+    stopped = False
     try:
         with line.bars():
             nb = _nbclient().execute_notebook(
                 nb, kernel_name, input_path=input_path, **kwargs, **settings
             )
     except KeyboardInterrupt:
+        stopped = True
+    # the kernel may get the signal first: then the cell fails and nothing is raised here
+    if stopped or 'KeyboardInterrupt' in error_names(nb):
         resumes = nb['metadata']['neuralsolver'].get('resumes')
         raise Interrupted('the same command resumes.' if resumes else 'nothing is kept.') from None
     if message := refusal(nb):
