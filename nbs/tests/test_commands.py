@@ -35,12 +35,19 @@ SMALL = dict(
 )
 
 
+def heed_interrupts():
+    "A command of a background job ignores ctrl-C, and so do its children."
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def on_terminal(cwd, *args, stop_at=None):
     "Exit code and text of the command on a terminal of 24 x 80; ctrl-C once it shows `stop_at`."
     main, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
     streams = dict(stdin=terminal, stdout=terminal, stderr=terminal)
-    process = subprocess.Popen([PAPERMILL, *args], cwd=cwd, start_new_session=True, **streams)
+    process = subprocess.Popen(
+        [PAPERMILL, *args], cwd=cwd, start_new_session=True, preexec_fn=heed_interrupts, **streams
+    )
     os.close(terminal)
     text = b''
     while True:
