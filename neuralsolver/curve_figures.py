@@ -33,17 +33,15 @@ KINDS = {  # of solvers: name at the end of the line
 def _headline_panel(
     ax,  # matplotlib axes
     rows: pd.DataFrame,  # of the sweep, one model
-    metric: str,  # its columns are METRIC_classical and so on, with METRIC_classical_sd
 ):
     "Three lines, one a kind of solver."
     for kind, name in KINDS.items():
-        column = f'{metric}_{kind}'
+        column = f'mean_error_{kind}'
         look = solver_style(kind) | dict(label=name, ms=6, lw=2)
         ax.plot(rows.steps, rows[column], **look)
-        if f'{column}_sd' in rows:
-            low = rows[column] - rows[f'{column}_sd']
-            high = rows[column] + rows[f'{column}_sd']
-            ax.fill_between(rows.steps, low, high, color=look['color'], alpha=0.18, lw=0)
+        low = rows[column] - rows[f'{column}_sd']
+        high = rows[column] + rows[f'{column}_sd']
+        ax.fill_between(rows.steps, low, high, color=look['color'], alpha=0.18, lw=0)
     ax.set_xticks(rows.steps)
     ax.grid(axis='y')
     plain_log_axis(ax, 'y')
@@ -58,7 +56,6 @@ def headline(
 
     table = pd.read_csv(csv)
     table = table[table.guidance == guidance]
-    metric = 'mean_error' if 'mean_error_searched' in table else 'rmse'
     known = [name for name in PANELS if name in set(table.model)]
     names = known or list(dict.fromkeys(table.model))[:3]
     card = json.loads(Path(csv).with_suffix('.json').read_text(encoding='utf-8'))
@@ -68,11 +65,9 @@ def headline(
     with plt.rc_context(style):
         fig, axes = plt.subplots(1, len(names), figsize=(8.6, 2.9), squeeze=False)
         for ax, name in zip(axes[0], names):
-            _headline_panel(ax, table[table.model == name], metric)
+            _headline_panel(ax, table[table.model == name])
             ax.set_title(PANELS.get(name, name))
-        axes[0, 0].set_ylabel(
-            dict(mean_error='mean error', rmse='RMSE')[metric] + ' to the teacher'
-        )
+        axes[0, 0].set_ylabel('mean error to the teacher')
         axes[0, len(names) // 2].set_xlabel(
             f'network evaluations (guidance {guidance:g}, {count} noise samples)'
         )

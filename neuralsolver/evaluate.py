@@ -56,6 +56,7 @@ from neuralsolver.sampling import (
 from .shards import Shards, workers
 from .solvers import Solver
 from .tables import TITLES, cells_of, markdown
+from .tools.statistics import resampled_means
 from .utils import atomic_path, check_int, results_folder, results_root
 from .utils import write_json, write_text
 
@@ -102,15 +103,7 @@ def above_teacher(
     return {f'{metric}_above{end}': v for end, v in zip(('', '_sd', '_low', '_high'), values)}
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #f1900005
-def resampled_means(
-    errors: np.ndarray,  # [rows, n]
-    draws: int = 1000,
-) -> np.ndarray:  # [draws, rows]
-    "Means of all rows over samples drawn with replacement, the same for all rows."
-    rng = np.random.default_rng(0)
-    n = errors.shape[1]
-    counts = (np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(draws))
-    return np.stack([errors @ count / n for count in counts])
+RATIO = ['ratio', 'ratio_low', 'ratio_high']
 
 
 def ratios_to_best(
@@ -126,9 +119,6 @@ def ratios_to_best(
     value = means.div(means[finite].min(axis=1), axis=0).iloc[0]
     low, high = drawn.div(drawn[finite].min(axis=1), axis=0).quantile([0.025, 0.975]).to_numpy()
     return pd.DataFrame(dict(zip(RATIO, (value, low, high))), index=list(errors))
-
-
-RATIO = ['ratio', 'ratio_low', 'ratio_high']
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #79c639ce
 def real_rows(p: Protocol, reference) -> list[dict]:

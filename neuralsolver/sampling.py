@@ -7,6 +7,7 @@ __all__ = ['end_points', 'Sampler', 'compute_shards']
 
 # %% ../nbs/4_measure/08_sampling.ipynb #a95f75cb
 import ast
+import contextlib
 import functools
 import hashlib
 import math
@@ -377,9 +378,8 @@ def compute_shards(
     if state.is_main_process:
         remove_unfinished(shards_dir)
         if source is not None and not Path(source).is_dir():
-            reference_of(
-                p, shards_dir, progress is True
-            )  # checked now; a folder takes an hour, later
+            # checked now; a folder takes an hour, later
+            reference_of(p, shards_dir, progress is True)
         _say_what_differs(folders)
     units = _units(p, folders)
     state.wait_for_everyone()  # no process writes before all have the same list
@@ -387,8 +387,7 @@ def compute_shards(
     device = torch.device(p.device) if state.num_processes == 1 else state.device
     process = f'{state.process_index} of {state.num_processes}'
     shared = isinstance(progress, tqdm)
-    bar = progress if shared else _bar(_work(p, folders, mine), progress)
-    _compute(mine, folders, Sampler(p, device, bar, process))
-    if not shared:
-        bar.close()
+    own = contextlib.nullcontext(progress) if shared else _bar(_work(p, folders, mine), progress)
+    with own as bar:
+        _compute(mine, folders, Sampler(p, device, bar, process))
     state.wait_for_everyone()

@@ -18,7 +18,7 @@ from typing import Any, Mapping, NamedTuple, Sequence
 
 import click
 
-from neuralsolver.tools.terminal import LiveLine, refusal, tagged_text
+from neuralsolver.tools.terminal import LiveLine, last_error, refusal, tagged_text
 
 # %% ../../nbs/tools/03_papermill_engine.ipynb #96ade92f
 def is_ours(
@@ -244,12 +244,6 @@ def _inject(nb: Mapping, kernel_name: str, parameters: dict[str, Any]):
 QUIET = ('--IPKernelApp.log_level=CRITICAL',)
 
 
-def error_names(nb: Mapping) -> list[str]:
-    "Exceptions that ended its cells."
-    outputs = [output for cell in nb['cells'] for output in cell.get('outputs', [])]
-    return [output.ename for output in outputs if output.output_type == 'error']
-
-
 def _run(nb: Mapping, kernel_name: str, input_path: str, kwargs: dict) -> Mapping:
     "Execute a notebook of ours for the command: a live line, then its summary."
     line = LiveLine(Path(input_path).stem, len(nb['cells']))
@@ -266,7 +260,7 @@ def _run(nb: Mapping, kernel_name: str, input_path: str, kwargs: dict) -> Mappin
     except KeyboardInterrupt:
         stopped = True
     # the kernel may get the signal first: then the cell fails and nothing is raised here
-    if stopped or 'KeyboardInterrupt' in error_names(nb):
+    if stopped or last_error(nb).get('ename') == 'KeyboardInterrupt':
         resumes = nb['metadata']['neuralsolver'].get('resumes')
         raise Interrupted('the same command resumes.' if resumes else 'nothing is kept.') from None
     if message := refusal(nb):

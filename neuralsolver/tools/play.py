@@ -19,6 +19,7 @@ from matplotlib.ticker import LogLocator
 from PIL import Image
 
 import neuralsolver as ns
+from neuralsolver.figure_style import solver_style
 from neuralsolver.losses import aligned_loss
 from neuralsolver.utils import check_choice, indexed_noise, repository_root, write_json
 
@@ -149,7 +150,7 @@ def search_from(p: Problem, solver: ns.Solver) -> ns.Solver:
     return search_on(p, solver.nfe, init=solver, iterations=60)
 
 # %% ../../nbs/tools/13_play.ipynb #f5b42b61
-BLUE, GREEN, ORANGE = '#0072b2', '#029e73', '#d55e00'
+GREY, BLUE, ORANGE = (solver_style(k)['color'] for k in ('classical', 'published', 'searched'))
 
 
 def add_table(ax, M: np.ndarray) -> list:  # image, numbers
@@ -202,7 +203,7 @@ def move_paths(artists: list, now: Look):
 # %% ../../nbs/tools/13_play.ipynb #36916ff3
 def add_errors(ax, fixed: dict[str, Look], name: str) -> list:  # curve, nodes, legend
     "The errors of Euler and the start, and empty lines for those of a solver."
-    for (label, v), colour, style in zip(fixed.items(), (BLUE, GREEN), ('s--', '^--')):
+    for (label, v), colour, style in zip(fixed.items(), (GREY, BLUE), ('s--', '^--')):
         label = f'{label}: {v.error[-1]:.4f}'
         ax.plot(v.nodes[1:], v.error[1:], style, color=colour, ms=4, lw=1.2, label=label)
     (curve,) = ax.plot([], [], 'o-', color=ORANGE, ms=4, lw=1.2, label=name)

@@ -76,15 +76,23 @@ def bootstrapped(
     return statistic(np.arange(n)), *interval(statistic(resamples(n, draws)))
 
 # %% ../../nbs/tools/05_statistics.ipynb #5a7e000f
-def _ratio(
-    errors: np.ndarray,  # [n] of a solver
-    baselines: np.ndarray,  # [k, n]
-    index: np.ndarray,  # [..., n]
-    power: int,
+def resampled_means(
+    values: np.ndarray,  # [rows, n]
+    draws: int = DRAWS,
+) -> np.ndarray:  # [draws, rows]
+    "Means of all rows over samples drawn with replacement, the same for all rows."
+    rng = np.random.default_rng(0)
+    n = values.shape[1]
+    counts = (np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(draws))
+    return np.stack([values @ count / n for count in counts])
+
+
+def _to_best(
+    means: np.ndarray,  # [..., 1 + k]: a solver, then the baselines
+    power: int = 1,
 ) -> np.ndarray:  # [...]
     "Mean error (power 1) or RMSE (power 2) over that of the best baseline."
-    mean = (errors**power)[index].mean(-1)
-    return (mean / (baselines**power)[:, index].mean(-1).min(0)) ** (1 / power)
+    return (means[..., 0] / means[..., 1:].min(-1)) ** (1 / power)
 
 
 def paired_ratio(
@@ -94,9 +102,9 @@ def paired_ratio(
     power: int = 1,  # 1 = mean errors, 2 = RMSEs
 ) -> tuple[float, float, float]:  # value, low, high
     "An error over that of the best baseline, which is chosen again in every resample."
-    errors = np.asarray(errors, float)
-    baselines = np.atleast_2d(np.asarray(baselines, float))
-    return bootstrapped(lambda index: _ratio(errors, baselines, index, power), len(errors), draws)
+    rows = np.vstack([errors, baselines]).astype(float) ** power
+    drawn = _to_best(resampled_means(rows, draws), power)
+    return _to_best(rows.mean(1), power), *interval(drawn)
 
 # %% ../../nbs/tools/05_statistics.ipynb #99d30ac2
 def ratio_of_ratios(
@@ -107,12 +115,10 @@ def ratio_of_ratios(
     draws: int = DRAWS,
 ) -> tuple[float, float, float]:  # value, low, high
     "`paired_ratio` on the first path over that on the second, with the same resamples on both."
-
-    def ratio(index):
-        here = _ratio(errors, baselines, index, 1)
-        return here / _ratio(other, other_baselines, index, 1)
-
-    return bootstrapped(ratio, len(errors), draws)
+    here, there = np.vstack([errors, baselines]), np.vstack([other, other_baselines])
+    value = _to_best(here.mean(1)) / _to_best(there.mean(1))
+    drawn = _to_best(resampled_means(here, draws)) / _to_best(resampled_means(there, draws))
+    return value, *interval(drawn)
 
 # %% ../../nbs/tools/05_statistics.ipynb #5a7e0013
 def share_interval(

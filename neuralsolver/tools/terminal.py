@@ -235,15 +235,22 @@ def _raised_by_us(trace: str) -> bool:
     return kind == 'Cell' or bool(inside[1]) and 'site-packages' not in inside[2]
 
 
+def last_error(
+    nb: Mapping,  # an executed notebook
+) -> Mapping:  # ename, evalue, traceback; empty if no cell failed
+    "What ended the notebook."
+    outputs = [output for c in nb['cells'] for output in c.get('outputs', [])]
+    errors = [output for output in outputs if output.get('output_type') == 'error']
+    return errors[-1] if errors else {}
+
+
 def refusal(
     nb: Mapping,  # an executed notebook
 ) -> str:  # empty if there is none
     "The message of a ValueError of ours, or of a file that is not there."
-    outputs = [output for c in nb['cells'] for output in c.get('outputs', [])]
-    errors = [output for output in outputs if output.get('output_type') == 'error']
-    if not errors:
+    error = last_error(nb)
+    if not error:
         return ''
-    error = errors[-1]
     trace = re.sub(r'\x1b\[[\d;]*m', '', '\n'.join(error['traceback']))
     bad_value = error['ename'] == 'ValueError' and _raised_by_us(trace)
     told = bad_value or error['ename'] == 'FileNotFoundError'
