@@ -299,7 +299,8 @@ STATISTICS = (
     "Error: root mean square difference of a sample from the teacher's, mean (median) over "
     f'samples. Strays: share of samples with an error above {STRAY}. Above the teacher: difference '
     'from the teacher on the same seed, mean ± sd over seeds. Ratio: mean error over that of the '
-    'best classical row, with its 95 % interval over samples.'
+    'best classical row of the table, which is chosen on the same samples (sweep chooses on '
+    'others), with its 95 % interval over samples.'
 )
 
 
