@@ -25,14 +25,8 @@ from neuralsolver.classical import uniform_grid
 
 STARTS = ('euler', 'best', 'best-published', 'best-classical')  # what `start` may say, or a name
 PUBLISHED = ('flowdcn-b-2', 'sit-xl-2', 'dit-xl-2')  # the paper's tables
-FLOW_STARTS = (  # on the linear path, where velocity rules lie in the family
-    'euler',
-    *[
-        f'{rule}@{grid}'
-        for rule in ('ab2', 'ab3', 'ab4')
-        for grid in ('time', 'power-1.2', 'power-1.35', 'log-snr-3')
-    ],
-)
+FLOW_STARTS = ('euler', 'ab2', 'ab3', 'ab4')  # of the linear path that lie in the family
+FLOW_GRIDS = ('power-1.2', 'power-1.35', 'log-snr-3')  # those that win most often there
 
 # %% ../nbs/2_learning/08_starts.ipynb #6f0f7888
 def check_init(
@@ -77,11 +71,15 @@ def start_candidates(
     steps: int,  # evaluations N
     path: NoisePath = LinearPath(),  # where to search
     published: bool = True,  # published tables as well as classical rules
+    grids: bool = False,  # on the linear path, Adams rules on other grids than uniform time as well
 ) -> dict[str, Solver]:  # by name
     "Solvers of the paper's family on a path that a search may start at."
     tables = [name for name in PUBLISHED if published and steps in list_solvers()[name]]
     found = {}
-    rules = FLOW_STARTS if path.coordinates == 'velocity' else classical_names(path)
+    rules = classical_names(path)
+    if path.coordinates == 'velocity':
+        more = [f'{rule}@{grid}' for rule in FLOW_STARTS[1:] for grid in FLOW_GRIDS]
+        rules = [*FLOW_STARTS, *(more if grids else ())]
     for name in [*rules, *tables]:
         try:
             solver = start_solver(name, steps, path)
@@ -130,7 +128,8 @@ def classical_start(
     recipe: Method,  # whose family it must lie in; 'best-published' adds the published tables
 ) -> Start:
     "The nearest classical rule or published table; Euler if none lies in the family."
-    found = start_candidates(task.steps, task.path, recipe.start == 'best-published')
+    alone = recipe.start == 'best-classical'
+    found = start_candidates(task.steps, task.path, recipe.start == 'best-published', alone)
     found = {name: solver for name, solver in found.items() if recipe.holds(solver)}
     return nearest(field, task, found) if found else Start('euler', None)
 
