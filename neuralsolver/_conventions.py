@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['convert_output', 'read_entry', 'is_flow', 'check_family', 'check_entries', 'own_arguments', 'noise_levels',
-           'refuse_sigmas', 'own_levels']
+           'refuse_sigmas', 'known_schedule']
 
 # %% ../nbs/5_diffusers/02_conventions.ipynb #5c0f11e5
 import os
@@ -88,12 +88,7 @@ def read_entry(
 
 # %% ../nbs/5_diffusers/02_conventions.ipynb #845ffad9
 FAMILIES = {'flow': 'FlowNeuralSolverScheduler', 'DDPM': 'VPNeuralSolverScheduler'}
-REFUSED = {  # entries that change what a table assumes, and the value that does not
-    'invert_sigmas': False,
-    'stochastic_sampling': False,
-    'snr_shift_scale': 1.0,
-    'sigma_data': None,
-}
+REFUSED = {'stochastic_sampling': False}  # changes what a table assumes, unless it has this value
 REFUSED_WHEN_COMPOSED = {  # grids besides the shift
     'shift_terminal': None,
     'use_karras_sigmas': False,
@@ -144,15 +139,30 @@ def own_arguments(config: Mapping, known: set[str]) -> dict:
     own = {k: v for k, v in config.items() if k in known}
     if 'flow_shift' in config and 'shift' in known:  # the name of DPMSolverMultistep and UniPC
         own.setdefault('shift', config['flow_shift'])
+    if 'edm_time' in known:
+        if config.get('_class_name') == 'CosineDPMSolverMultistepScheduler':
+            own.setdefault('edm_time', 'arctan')
+        if config.get('timestep_type') == 'continuous':  # Stable Video Diffusion: EDM's form
+            own['sigma_data'] = own.get('sigma_data') or _edm_unit(config)
     return own
 
+
+def _edm_unit(config: Mapping) -> float:
+    "sigma_data of an EulerDiscrete whose network is told log(sigma) / 4."
+    if config.get('prediction_type') != 'v_prediction':
+        raise ValueError(
+            "the config has timestep_type='continuous' with prediction_type="
+            f'{config.get("prediction_type")!r}: only v_prediction is supported there.'
+        )
+    return 1.0
+
 # %% ../nbs/5_diffusers/02_conventions.ipynb #356173ec
-def noise_levels(sigmas) -> Tensor:  # float64 [N]
+def noise_levels(sigmas, name: str = 'sigmas') -> Tensor:  # float64 [N]
     "Noise levels without the last one, 0; ValueError if they do not fall."
     try:
         given = torch.as_tensor(sigmas, dtype=torch.float64, device='cpu').reshape(-1)
     except (TypeError, ValueError) as e:
-        raise ValueError(f'sigmas={sigmas!r} is not allowed: give a list of numbers.') from e
+        raise ValueError(f'{name}={sigmas!r} is not allowed: give a list of numbers.') from e
     levels = given[:-1] if len(given) > 1 and given[-1] == 0 else given
     if (
         not len(levels)
@@ -160,28 +170,114 @@ def noise_levels(sigmas) -> Tensor:  # float64 [N]
         or (levels.diff() >= 0).any()
     ):
         raise ValueError(
-            f'sigmas={given.tolist()} are not allowed: give finite numbers above 0 that fall.'
+            f'{name}={given.tolist()} are not allowed: give finite numbers above 0 that fall.'
         )
     return levels
 
 
-def refuse_sigmas(entry: str | Mapping, sigmas):
+def refuse_sigmas(entry: str | Mapping, sigmas, name: str = 'sigmas'):
     "ValueError for noise levels that would have to change a table."
     if sigmas is not None:
-        name = entry if isinstance(entry, str) else entry.get('name', 'the solver')
+        table = entry if isinstance(entry, str) else entry.get('name', 'the solver')
+        given = [float(v) for v in sigmas]
         raise ValueError(
-            f'sigmas={list(sigmas)} are refused: {name!r} is a table, whose noise levels were '
-            'searched with its weights. Give num_inference_steps alone, or a classical rule, '
+            f'{name} from {given[0]:g} to {given[-1]:g} ({len(given)} values) are refused, whether '
+            f'the pipeline brings them or its caller: {table!r} is a table, whose noise levels '
+            'were searched with its weights. Give num_inference_steps alone, or a classical rule, '
             "for example solver='ab2'."
         )
 
-# %% ../nbs/5_diffusers/02_conventions.ipynb #694a274b
-def own_levels(path: NoisePath, sigmas) -> tuple[float, ...] | None:
-    "A user's noise levels; None for none, and for those that flow pipelines send by default."
-    if sigmas is None:
+# %% ../nbs/5_diffusers/02_conventions.ipynb #48163474
+UNUSED = (  # whatever their value, a deterministic table with its own times is not changed by it
+    's_tmin',
+    's_tmax',
+    'prev_timestep',
+    'original_inference_steps',
+    'cur_sampling_step',
+)
+NEUTRAL = {  # arguments and their values without effect, besides None and False
+    'eta': 0,
+    's_churn': 0,
+    's_noise': 1,
+    'start_time': 0,
+}
+
+
+def check_asked(asked: Mapping, where: str):
+    "ValueError for what a pipeline asks of a scheduler and a table cannot do."
+    for name, value in asked.items():
+        if name in UNUSED or value is None or value is False:
+            continue
+        if name not in NEUTRAL or isinstance(value, Tensor) or value != NEUTRAL[name]:
+            given = type(value).__name__ if hasattr(value, '__len__') else value
+            only = f', other than {NEUTRAL[name]},' if name in NEUTRAL else ''
+            raise ValueError(
+                f'{name}={given}{only} is not supported: the pipeline, or its caller, asks in '
+                f'{where} for what a deterministic table does not do. Leave it out, or use the '
+                "pipeline's own scheduler."
+            )
+
+# %% ../nbs/5_diffusers/02_conventions.ipynb #4ef19b24
+DEMANDS = {  # what some pipelines call or read on their own scheduler: why
+    'undo_step': 'goes back to more noise (RePaint)',
+    'step_pred': 'predicts and corrects with noise of its own (score SDE)',
+    'step_correct': 'predicts and corrects with noise of its own (score SDE)',
+    'set_sigmas': 'predicts and corrects with noise of its own (score SDE)',
+    'add_noise_to_input': 'adds noise in every step (Karras VE)',
+    'batch_step_no_noise': 'steps many times at once (ParaDiGMS)',
+    '_get_variance': 'takes DDIM apart',
+    'final_alpha_cumprod': 'takes DDIM apart',
+    'convert_model_output': 'inverts DPM-Solver++ with its noise (LEdits++)',
+    'dpm_solver_first_order_update': 'inverts DPM-Solver++ with its noise (LEdits++)',
+    '_sigma_to_alpha_sigma_t': 'inverts DPM-Solver++ with its noise (LEdits++)',
+    'ori_start_sigmas': 'samples in stages of growing resolution (Helios pyramid)',
+    'check_eos_finished': 'samples words',
+    'check_block_should_continue': 'samples words',
+}
+
+# %% ../nbs/5_diffusers/02_conventions.ipynb #915a7a64
+def _near(a: Tensor, b: Tensor) -> bool:
+    "Equal up to what rounding to whole timesteps of 1000 leaves?"
+    return bool((a - b).abs().max() <= 1.5e-3)
+
+
+def _shifted(levels: Tensor) -> bool:
+    "Is it s u / (1 + (s - 1) u) with u = 1 - k / N?"
+    u = torch.linspace(1, 0, len(levels) + 1, dtype=torch.float64)[:-1]
+    s = levels[1] * (1 - u[1]) / (u[1] * (1 - levels[1]).clamp(min=1e-9))
+    return _near(levels, s * u / (1 + (s - 1) * u))
+
+
+def _linear_quadratic(levels: Tensor, linear: float = 0.025) -> bool:
+    "Is it the schedule of LTX and Mochi: half of the steps linear to 1 - 0.025, then quadratic?"
+    n = len(levels)
+    half = n // 2
+    k = torch.arange(n, dtype=torch.float64)
+    bend = (half - linear * n) / (half * (n - half) ** 2)
+    slope = linear / half - 2 * half * bend
+    quadratic = bend * k**2 + slope * k + bend * half**2
+    return _near(1 - levels, torch.where(k < half, k * linear / half, quadratic))
+
+
+def _even_log_snr(levels: Tensor) -> bool:
+    "Is it even in log-SNR after the first level?"
+    steps = levels[1:].logit().diff()
+    return len(steps) > 1 and bool((steps - steps.mean()).abs().max() < 1e-3)
+
+# %% ../nbs/5_diffusers/02_conventions.ipynb #6a9097a1
+def known_schedule(
+    levels: Tensor,  # noise levels from 1 down, or times of a DDPM table from 1 down, [N]
+) -> str | None:  # 'even', or what the recipe is called; None = not known here
+    "The recipe behind a pipeline's own schedule."
+    n = len(levels)
+    if not (0.98 <= levels[0] <= 1.001 and (levels.diff() < 0).all() and levels[-1] > 0):
         return None
-    levels = noise_levels(sigmas)
-    default = torch.linspace(1, 0, len(levels) + 1, dtype=torch.float64)[:-1]
-    if path.coordinates == 'velocity' and torch.allclose(levels, default, 0, 1e-6):
-        return None
-    return tuple(levels.tolist())
+    even = torch.linspace(levels[0].item(), levels[-1].item(), n, dtype=torch.float64)
+    if _near(levels, even) and levels[-1] <= 1 / n + 2e-3:
+        return 'even'
+    recipes = {
+        'shifted': _shifted,
+        'linear-quadratic': _linear_quadratic,
+        'log-SNR': _even_log_snr,
+    }
+    return next((name for name, fits in recipes.items() if n > 2 and fits(levels)), None)

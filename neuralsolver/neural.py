@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from .paths import LinearPath, NoisePath, PATHS
+from .hub import fetch_solver, is_repository
+from .exponential import ddim, deis
+from .dpm_solvers import dpm_solver, dpm_solver_pp
+from .optimized_grids import GRIDS
+from .exponential import ipndm, ipndm_v
+from .dpm_solvers import unipc
+from .paths import LinearPath, NoisePath, PATHS, VPPath
+from .classical import adam2, adam4, adams_bashforth, euler, heun
 from .coordinates import COORDINATES
 from .rules import check_rule, classical_names, classical_rules, classical_solver
 from .solvers import save_solver, Solver
@@ -298,9 +305,10 @@ def _advice(name: str, counts: list[int], steps: object) -> str:
 
 # %% ../nbs/2_learning/01_neural.ipynb #d3f575d7
 def load_solver(
-    name: str | os.PathLike,  # a name of `list_solvers()`, or a file written by `save_solver`
+    name: str | os.PathLike,  # a name of `list_solvers()`, a file of `save_solver`, or 'user/repo'
     steps: int | None = None,  # number of steps; not needed for a file
     rounded: bool = True,  # of published tables: time deltas as printed, or as recovered
+    revision: str | None = None,  # of a repository 'user/repo': a commit, to pin it
 ) -> Solver:
     """A searched solver. ValueError lists the tables if this one is missing: none is interpolated.
 
@@ -308,6 +316,8 @@ def load_solver(
     """
     if str(name).endswith('.json'):
         return _load_file(name, steps)
+    if is_repository(str(name)):
+        return fetch_solver(str(name), check_int('steps', steps), revision)
     counts = list_solvers()[check_choice('solver', name, list_solvers())]
     if steps not in counts or isinstance(steps, bool):
         raise ValueError(

@@ -9,6 +9,7 @@ __all__ = ['TinyTransformer', 'PixelVAE', 'load_pipeline', 'scheduler_for', 'gen
 import hashlib
 import inspect
 import json
+import sys
 from pathlib import Path
 from typing import Sequence
 
@@ -167,7 +168,15 @@ def scheduler_for(
     config = pipe.scheduler.config
     family = FlowNeuralSolverScheduler if is_flow(config) else VPNeuralSolverScheduler
     given = {} if solver is None else dict(solver=solver)
-    return family.from_config(config, **given, **kwargs)
+    if family is VPNeuralSolverScheduler and _indexes_tables(pipe):
+        given['integer_timesteps'] = True
+    return family.from_config(config, **given | kwargs)
+
+
+def _indexes_tables(pipe) -> bool:
+    "Does a pipeline look timesteps up in a table of its own (Kandinsky 2.1, image to image)?"
+    source = inspect.getsource(sys.modules[type(pipe).__module__])
+    return 'alphas_cumprod[timesteps]' in source
 
 # %% ../nbs/5_diffusers/04_pipelines.ipynb #2a208ffd
 def generators(

@@ -43,7 +43,11 @@ ARGUMENTS = [  # class, arguments, what the error says
     (VP, dict(prediction_type='flow_prediction'), ("'flow_prediction'", VP_TO_FLOW[0])),
     (VP, dict(prediction_type='score'), ("prediction_type='score'", 'epsilon, sample')),
     (VP, dict(beta_schedule='sigmoid'), ("beta_schedule='sigmoid'", 'squaredcos_cap_v2')),
-    (VP, dict(trained_betas=[0.1, 0.2]), ('trained_betas=', 'not supported')),
+    (VP, dict(trained_betas=[0.1, 0.2, -0.1]), ('log_alphas must fall',)),
+    (VP, dict(thresholding='yes'), ("thresholding='yes'",)),
+    (VP, dict(sigma_data=0.5), ('sigma_max=None',)),
+    (VP, dict(sigma_data=0.5, sigma_max=80.0, prediction_type='sample'), ('of EDM', 'epsilon')),
+    (Flow, dict(num_train_timesteps=0), ('num_train_timesteps=0',)),
     (VP, dict(continuous=True, beta_schedule='scaled_linear'), ('continuous=True', 'linear')),
     (VP, dict(num_train_timesteps=1), ('num_train_timesteps=1',)),
     (VP, dict(beta_start=0.5, beta_end=0.1), ('beta_start=0.5',)),
@@ -80,7 +84,8 @@ def test_refused_argument_is_named(cls, arguments, said):
 
 def test_refused_config_is_named():
     flow, ddim = scheduler_of('FlowMatchEulerDiscrete').config, scheduler_of('DDIM').config
-    inverted = scheduler_of('FlowMatchEulerDiscrete', invert_sigmas=True).config
+    noisy = scheduler_of('FlowMatchEulerDiscrete', stochastic_sampling=True).config
+    told = scheduler_of('EulerDiscrete', timestep_type='continuous').config
     for cls, config, arguments, said in (
         (VP, flow, {}, ('flow model', 'use FlowNeuralSolverScheduler')),
         (Flow, ddim, {}, ('DDPM model', 'use VPNeuralSolverScheduler')),
@@ -88,13 +93,10 @@ def test_refused_config_is_named():
         (Flow, VP().config, {}, ('use VPNeuralSolverScheduler',)),
         (Flow, flow, dict(solvers='euler'), ('no argument solvers. Allowed: ', 'solver')),
         (VP, ddim, dict(shift=3.0), ('no argument shift',)),
-        (Flow, inverted, {}, ('invert_sigmas=True',)),
-        (VP, scheduler_of('EDMEuler').config, {}, ('config',)),
+        (Flow, noisy, {}, ('stochastic_sampling=True',)),
+        (VP, told, {}, ("timestep_type='continuous'", 'v_prediction')),
         (Flow, scheduler_of('CMStochasticIterative').config, {}, ('config',)),
-        (VP, scheduler_of('CogVideoXDDIM').config, {}, ('snr_shift_scale',)),
         (VP, scheduler_of('DDPM', beta_schedule='sigmoid').config, {}, ('beta_schedule=',)),
-        (VP, scheduler_of('DDIM', thresholding=True).config, {}, ('thresholding=True',)),
-        (VP, scheduler_of('DDIM', rescale_betas_zero_snr=True).config, {}, ('zero_snr=True',)),
     ):
         refused(lambda: cls.from_config(config, **arguments), said)
 
@@ -117,16 +119,14 @@ def test_refused_number_of_steps_lists_the_tables():
 
 def test_refused_schedule_is_named():
     for cls, given, said in (
-        (Flow, dict(sigmas=[1.0, 0.9, 0.5, 0.3, 0.1]), ('sigmas=[1.0, 0.9', 'num_inference_steps')),
-        (VP, dict(sigmas=[1.0, 0.8, 0.6, 0.4, 0.2]), ('sigmas=', 'refused')),
+        (Flow, dict(sigmas=[1.0, 0.9, 0.5, 0.3, 0.1]), ('sigmas from 1 to 0.1 (5', 'pipeline')),
+        (VP, dict(sigmas=[1.0, 0.8, 0.6, 0.4, 0.2]), ('sigmas from 1', 'refused')),
         (Flow, dict(num_inference_steps=6, sigmas=1 - np.arange(5) / 5), ('5 sigmas', '=6')),
-        (Flow, dict(sigmas=[1.0, 0.7]), ("'sit-xl-2' is a table",)),
-        (Flow, dict(sigmas=[0.5, 0.9]), ('that fall',)),
-        (Flow, dict(sigmas=[]), ('sigmas=[]',)),
-        (Flow, dict(sigmas=[1.0, float('nan')]), ('finite',)),
-        (Flow, dict(sigmas='a'), ("sigmas='a'",)),
-        (Flow, dict(timesteps=[999, 500, 100]), ('timesteps=[999, 500, 100]', 'refused')),
-        (VP, dict(timesteps=torch.tensor([999, 500])), ('timesteps=', 'refused')),
+        (Flow, dict(timesteps=[999, 500, 100]), ('timesteps from 999 to 100', 'refused')),
+        (VP, dict(timesteps=torch.tensor([999, 300, 100])), ('timesteps from 999', 'refused')),
+        (Flow, dict(sigmas='none'), ("sigmas='none'",)),
+        (Flow, dict(num_inference_steps=6, start_time=0.2), ('start_time=0.2', 'pipeline')),
+        (Flow, dict(num_inference_steps=6, jump_length=10), ('jump_length=10', 'pipeline')),
     ):
         refused(lambda: cls().set_timesteps(**given), said)
     refused(lambda: Flow('ab2').set_timesteps(sigmas=[1.2, 0.5]), ('noise levels from 1 to 0',))
@@ -195,7 +195,7 @@ def test_refusal_reaches_the_user_of_a_pipeline():
     for name, given, said in (
         ('sd3', dict(n=28), 'num_inference_steps=28 has no table'),
         ('sd3', dict(sigmas=[1.0, 0.7, 0.2]), 'refused'),
-        ('pixart', dict(timesteps=[900, 500, 100]), 'timesteps='),
+        ('pixart', dict(timesteps=[900, 500, 100]), 'timesteps from 900'),
         ('flux', dict(n=5, sigmas=[1.0, 0.9, 0.5, 0.3, 0.1]), 'refused'),
     ):
         with using(name) as pipe:
