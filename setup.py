@@ -22,9 +22,19 @@ setup(
     license_expression='Apache-2.0',
     license_files=['LICENSE'],
     keywords=cfg['keywords'].split(),
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'Operating System :: OS Independent',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in (11, 12, 13)),
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'diffusers')},
+    extras_require={
+        extra: cfg[f'{extra}_requirements'].split()
+        for extra in ('diffusers', 'eval', 'notebooks', 'dev')
+    },
     entry_points={
         'papermill.engine': [
             'neuralsolver = neuralsolver.tools.papermill_engine:NeuralSolverEngine'

@@ -3,7 +3,7 @@
 Attributes are imported on first use, so that `import neuralsolver` is cheap.
 The modules are exported from nbs/ by nbdev.
 """
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import importlib
 import pkgutil

@@ -29,16 +29,12 @@ from ._forms import Form, RunNumbers
 from .neural import advised_rule, list_solvers, load_solver
 from .paths import NoisePath
 from .solvers import Solver
-from .utils import check_int, import_torchvision
+from .utils import check_int, import_torchvision, needs
 
+needs('diffusers', 'diffusers')
 import_torchvision()  # before diffusers does: its compiled operators may be missing
-try:
-    from diffusers.configuration_utils import ConfigMixin
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
-except ImportError as e:
-    raise ImportError(
-        'neuralsolver.diffusers needs the diffusers library: pip install "neuralsolver[diffusers]".'
-    ) from e
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
 # %% ../nbs/5_diffusers/03_scheduler.ipynb #ee317f62
 log = logging.getLogger('neuralsolver')

@@ -11,11 +11,14 @@ __all__ = ['ARCHITECTURES', 'CHECKPOINTS', 'make_model', 'save_model', 'load_car
 import argparse
 import json
 import os
+import pickle
+import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 
@@ -31,6 +34,7 @@ from neuralsolver.utils import (
     data_file,
     data_root,
     import_torchvision,
+    needs,
     sha256,
     write_json,
 )
@@ -92,6 +96,27 @@ def load_weights(
     net.load_state_dict(load_file(path), strict=True)
     return net.eval().requires_grad_(False).to(device)
 
+# %% ../nbs/3_models/03_checkpoints.ipynb #9d3647fe
+def read_tensors(
+    path: str | os.PathLike,  # .safetensors, or a file written by torch.save
+) -> Any:  # what the file holds, on the CPU
+    "The content of a file of weights; ValueError in one line if it cannot be read."
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f'{file} is not there: give a file of weights.')
+    try:
+        if file.suffix.lower() == '.safetensors':
+            return load_file(file)
+        torch.serialization.add_safe_globals([argparse.Namespace])  # which official files hold
+        mapped = zipfile.is_zipfile(file)
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=mapped)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as e:
+        said = (str(e) or type(e).__name__).splitlines()[0][:120]
+        raise ValueError(
+            f'{file} cannot be read as weights ({said}): '
+            'give a .safetensors file, or one that torch.save wrote with tensors only.'
+        ) from e
+
 # %% ../nbs/3_models/03_checkpoints.ipynb #b4f0e034
 def _find_weights(found) -> dict | list | None:
     "The weights among what a file holds: an average without names, a named dict, or the file."
@@ -108,11 +133,7 @@ def read_checkpoint(
     path: str | os.PathLike,  # .safetensors, or a file written by torch.save
 ) -> dict[str, Tensor] | list[Tensor]:  # a state dict, or tensors in the order of `parameters()`
     "The weights in a file of any of the official layouts, the moving average if there is one."
-    if str(path).endswith('.safetensors'):
-        return load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        found = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    weights = _find_weights(found)
+    weights = _find_weights(read_tensors(path))
     if isinstance(weights, list):
         return weights
     if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
@@ -301,13 +322,10 @@ def _hub_file(source: str, file: str) -> Path:
 
 # %% ../nbs/3_models/03_checkpoints.ipynb #87f6968f
 def _autoencoder_class():
+    needs('diffusers', 'diffusers')
     import_torchvision()
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as e:
-        raise ImportError(
-            f'the autoencoder needs diffusers ({e}): pip install "neuralsolver[diffusers]".'
-        ) from e
+    from diffusers import AutoencoderKL
+
     return AutoencoderKL
 
 # %% ../nbs/3_models/03_checkpoints.ipynb #c7ca6198

@@ -10,7 +10,6 @@ __all__ = ['SHIFT', 'NODE_CLASS_MAPPINGS', 'NODE_DISPLAY_NAME_MAPPINGS', 'solver
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
 
 from .k_diffusion import neural_sigmas, sample_neural
 from .neural import list_solvers, load_solver

@@ -12,6 +12,9 @@ import os
 from pathlib import Path
 
 import numpy as np
+from .utils import needs
+
+needs('eval', 'pandas', 'matplotlib')
 import pandas as pd
 from .figure_style import FIGURE_STYLE, name_line_ends, reference_line, solver_style
 from .figures import asinh_axis, distance_above, plain_log_axis, protocol_title

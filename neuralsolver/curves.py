@@ -11,6 +11,9 @@ import tempfile
 from dataclasses import fields
 from pathlib import Path
 
+from .utils import needs
+
+needs('eval', 'pandas')
 import pandas as pd
 
 from .evaluate import STATISTICS, distance_of, evaluate, protocol_card

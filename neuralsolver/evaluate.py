@@ -18,6 +18,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
+from .utils import needs
+
+needs('eval', 'pandas')
 import pandas as pd
 import torch
 from torch import Tensor

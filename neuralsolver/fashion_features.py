@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from .data import to_float
-from .utils import check_choice, check_int, data_file, import_torchvision
+from .utils import check_choice, check_int, data_file, import_torchvision, needs
 
 # %% ../nbs/4_measure/02_fashion_features.ipynb #5066f6eb
 def import_torch_fidelity():
     "The module torch_fidelity, also where torchvision's compiled operators do not load."
+    needs('eval', 'torchvision', 'torch_fidelity')
     import_torchvision()
     import torch_fidelity
 

@@ -7,6 +7,9 @@ __all__ = ['FIGURE_STYLE', 'solver_kind', 'solver_title', 'solver_style', 'refer
 
 # %% ../nbs/4_measure/04_figure_style.ipynb #a10c5c04
 import numpy as np
+from .utils import needs
+
+needs('eval', 'pandas')
 import pandas as pd
 
 # %% ../nbs/4_measure/04_figure_style.ipynb #a10c5d02

@@ -12,6 +12,9 @@ import os
 from pathlib import Path
 
 import numpy as np
+from .utils import needs
+
+needs('eval', 'pandas', 'matplotlib')
 import pandas as pd
 from .figure_style import FIGURE_STYLE, reference_line, solver_kind, solver_style
 from .figure_style import solver_title

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from .checkpoints import read_tensors
 from .image_files import ENDINGS, FolderImages, NpzImages, center_crop, check_images
 from .image_files import export_npz, list_images
 from .metrics import MIN_SAMPLES, Moments, frechet_distance
@@ -62,7 +63,7 @@ class Inception:
         weights: str | os.PathLike,  # from `inception_file`
         device: str | torch.device = 'cpu',  # where it runs
     ):
-        torch.load(weights, weights_only=True)  # torch-fidelity would run code that is in the file
+        read_tensors(weights)  # torch-fidelity would run code that is in the file
         import_torch_fidelity()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -301,8 +302,8 @@ def _folder_store(
     size: int,
     cache: Path | None,
 ) -> Store:
-    "Where the statistics of these images are kept: names and sizes of the files are the identity."
-    lines = [f'{p.relative_to(folder).as_posix()} {p.stat().st_size}' for p in files]
+    "Where the statistics of these images are kept: names and contents of the files count."
+    lines = [f'{p.relative_to(folder).as_posix()} {sha256(p)}' for p in files]
     listed = hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:10]
     target = cache or folder
     target.mkdir(parents=True, exist_ok=True)
@@ -393,8 +394,8 @@ def check_reference(
     source: str | os.PathLike,  # what the user gave
 ) -> Path:
     "The path of a reference; a ValueError says what it must be."
-    path = Path(source)
-    if path.is_dir() or (path.is_file() and path.suffix in ('.npz', '.safetensors')):
+    path = Path(source).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix.lower() in ('.npz', '.safetensors')):
         return path
     raise ValueError(
         f'reference={str(source)!r} is not there or not known: give a folder of images, an .npz '
@@ -419,6 +420,6 @@ def read_reference(
         loading = dict(batch_size=batch_size, num_workers=workers)
         check_int('size', size)
         return _read_folder(path, extractor, size, cache, progress, loading, save_every)
-    if path.suffix == '.npz':
+    if path.suffix.lower() == '.npz':
         return _read_npz(path, extractor, size, batch_size, cache, progress)
     return _read_statistics(path, extractor)

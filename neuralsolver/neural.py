@@ -17,13 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .hub import fetch_solver, is_repository
-from .exponential import ddim, deis
-from .dpm_solvers import dpm_solver, dpm_solver_pp
-from .optimized_grids import GRIDS
-from .exponential import ipndm, ipndm_v
-from .dpm_solvers import unipc
-from .paths import LinearPath, NoisePath, PATHS, VPPath
-from .classical import adam2, adam4, adams_bashforth, euler, heun
+from .paths import LinearPath, NoisePath, PATHS
 from .coordinates import COORDINATES
 from .rules import check_rule, classical_names, classical_rules, classical_solver
 from .solvers import save_solver, Solver
@@ -272,7 +266,7 @@ def _load_published(name: str, steps: int, rounded: bool) -> Solver:
 
 def _load_file(file: str | os.PathLike, steps: int | None) -> Solver:
     try:
-        solver = Solver.from_dict(json.loads(Path(file).read_text()))
+        solver = Solver.from_dict(json.loads(Path(file).expanduser().read_text()))
     except (OSError, ValueError) as e:
         raise ValueError(f'{file}: {e}') from e
     if steps not in (None, solver.steps):

@@ -15,7 +15,7 @@ from torch import Tensor
 from .integrals import exponential_weights
 from .paths import DDPMPath, LinearPath, NoisePath, VPPath
 from .spacings import SPACINGS, split_spacing, time_grid
-from .utils import check_choice, check_int, data_file
+from .utils import check_choice, check_int, data_file, needs
 
 # %% ../nbs/1_method/10_optimized_grids.ipynb #ecd279d7
 def error_contributions(
@@ -54,6 +54,7 @@ def _minimised(
     method: str,  # of scipy.optimize.minimize
 ) -> tuple:  # the inner nodes
     "The inner nodes with the smallest error growth."
+    needs('eval', 'scipy')
     from scipy.optimize import LinearConstraint, minimize  # half a second that few users need
 
     steps = len(inner) + 1

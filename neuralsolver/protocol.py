@@ -12,6 +12,9 @@ import importlib.util
 from dataclasses import dataclass, fields
 from typing import Any, Mapping, get_args
 
+from .utils import needs
+
+needs('eval', 'pandas')
 import pandas as pd
 
 from .inception import check_reference

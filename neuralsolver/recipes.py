@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import ClassVar
 
 import torch
-from lion_pytorch import Lion
 
 from .losses import LOSSES
 from .neural import FAMILIES, NeuralSolver
@@ -48,13 +47,37 @@ class Method:
         "The settings that a solver's provenance shows; start and iterations are shown as found."
         return {k: v for k, v in asdict(self).items() if k not in ('start', 'iterations')}
 
+# %% ../nbs/2_learning/06_recipes.ipynb #b78f1b79
+class Lion(torch.optim.Optimizer):
+    "Steps of one length, in the sign of a moving average of gradients (arXiv 2302.06675)."
+
+    def __init__(self, parameters: list, lr: float, betas: tuple[float, float] = (0.9, 0.99)):
+        super().__init__(parameters, dict(lr=lr, betas=betas))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        "One iteration, after `closure` if there is one; parameters without a gradient stay."
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group['betas']
+            for p in group['params']:
+                if p.grad is not None:
+                    average = self.state[p].setdefault('exp_avg', torch.zeros_like(p))
+                    sign = average.mul(beta1).add(p.grad, alpha=1 - beta1).sign()
+                    p.add_(sign, alpha=-group['lr'])
+                    average.mul_(beta2).add_(p.grad, alpha=1 - beta2)
+        return loss
+
 # %% ../nbs/2_learning/06_recipes.ipynb #b78f1b7a
 def _adam(parameters: list, lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
 
 
 def _lion(parameters: list, lr: float) -> torch.optim.Optimizer:
-    return Lion(parameters, lr=lr, weight_decay=0.0)
+    return Lion(parameters, lr)
 
 
 def _lbfgs(parameters: list, lr: float) -> torch.optim.Optimizer:

@@ -8,6 +8,9 @@ __all__ = ['reported_model', 'reported_number']
 # %% ../nbs/4_measure/10_reported.ipynb #728476ca
 import functools
 
+from .utils import needs
+
+needs('eval', 'pandas')
 import pandas as pd
 
 from .checkpoints import model_architecture

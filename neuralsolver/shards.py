@@ -7,6 +7,7 @@ __all__ = ['shard_ranges', 'batch_ranges', 'Shards', 'Rows']
 
 # %% ../nbs/4_measure/09_shards.ipynb #c81915c6
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .store import Damaged, Store, read_card
-from .utils import check_int
+from .utils import check_int, needs
 
 # %% ../nbs/4_measure/09_shards.ipynb #530ffe7f
 def shard_ranges(
@@ -50,7 +51,7 @@ class Shards:
         identity: dict,  # all that changes a number, as JSON
         ranges: Sequence[tuple[int, int]],  # from `shard_ranges`
     ):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self.identity = identity
         self.ranges = list(ranges)
 
@@ -133,19 +134,44 @@ def rows(self: Shards, name: str) -> Rows:
     "The rows of one tensor."
     return Rows(self, name)
 
+# %% ../nbs/4_measure/09_shards.ipynb #a82d751d
+MEETING = timedelta(minutes=5)  # for all processes to start
+WORKING = timedelta(days=14)  # for the last to reach a barrier
+
+
+def _meet(cpu: bool):
+    "accelerate's state once all processes are there; TimeoutError in one line if some never come."
+    from accelerate import PartialState
+
+    count, rank = (os.environ.get(name, '') for name in ('WORLD_SIZE', 'RANK'))
+    if count in ('', '0', '1'):
+        return PartialState(cpu=cpu)
+    whom = f'{count} processes (WORLD_SIZE), this is {rank} (RANK)'
+    print(f'waiting for {whom}', file=sys.stderr, flush=True)
+    try:
+        state = PartialState(cpu=cpu, timeout=MEETING)
+    except (RuntimeError, ValueError) as e:  # torch.distributed's errors are RuntimeErrors
+        raise TimeoutError(
+            f'{whom}: they did not meet in {MEETING.total_seconds():g} s. Start all of them, by '
+            '`accelerate launch` or torchrun, or unset WORLD_SIZE to run alone.'
+        ) from e
+    if torch.distributed.is_initialized():
+        torch.distributed.distributed_c10d._set_pg_timeout(WORKING)
+    return state
+
 # %% ../nbs/4_measure/09_shards.ipynb #1d48b194
 def workers(
     device: str,  # 'cpu', 'cuda' or 'cuda:1'
 ):  # accelerate.PartialState: process_index, num_processes, device, wait_for_everyone()
     "This process among those that `accelerate` started; one process without it."
+    needs('eval', 'accelerate')
     from accelerate import PartialState
 
     kind = torch.device(device).type
     known = PartialState._shared_state
     if known and known['num_processes'] == 1 and known['device'].type != kind:
         PartialState._reset_state()  # it remembers the first device of a session
-    # the last process may be a shard behind the first, which is hours
-    state = PartialState(cpu=kind == 'cpu', timeout=timedelta(days=14))
+    state = known and PartialState(cpu=kind == 'cpu') or _meet(cpu=kind == 'cpu')
     if kind != state.device.type:
         started = state.device.type
         raise ValueError(

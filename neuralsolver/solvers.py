@@ -19,7 +19,7 @@ from torch import Tensor
 from .coordinates import COORDINATES
 from .fields import field_on
 from .paths import LinearPath, NoisePath, PATHS
-from .utils import check_choice, check_int, write_json
+from .utils import check_choice, check_int, needs, write_json
 
 # %% ../nbs/1_method/05_solvers.ipynb #dafa7dbb
 def _check_table(n: Tensor, w: Tensor):
@@ -334,6 +334,7 @@ def plot(
     ax=None,  # matplotlib axes; None = new
 ):
     "Heat map of the weights per unit of span, W_kj / span_k."
+    needs('eval', 'matplotlib')
     import matplotlib.pyplot as plt
 
     K, span = self.nfe, self.span.detach()

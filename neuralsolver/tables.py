@@ -6,6 +6,9 @@
 __all__ = ['mean_sd', 'markdown']
 
 # %% ../nbs/4_measure/11_tables.ipynb #ffdf64a2
+from .utils import needs
+
+needs('eval', 'pandas')
 import pandas as pd
 
 # %% ../nbs/4_measure/11_tables.ipynb #d31f058e

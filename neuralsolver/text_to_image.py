@@ -7,6 +7,7 @@ __all__ = ['READERS', 'GENEVAL_TAGS', 'SCORES', 'read_prompts', 'export_geneval'
            'reported_scores']
 
 # %% ../nbs/5_diffusers/08_text_to_image.ipynb #5c1111e4
+import hashlib
 import json
 import os
 import shutil
@@ -14,13 +15,16 @@ from pathlib import Path
 from typing import Callable, Sequence
 
 import numpy as np
+from .utils import needs
+
+needs('diffusers,eval', 'diffusers', 'pandas')
 import pandas as pd
 import torch
 
-from .image_files import ENDINGS
+from .image_files import ENDINGS, to_rgb
 from .inception import ImageReference, Inception, image_metrics
 from .metrics import moments
-from .utils import check_choice, data_file
+from .utils import check_choice, data_file, sha256, write_json
 from .zero_shot import picture_files, read_image
 
 # %% ../nbs/5_diffusers/08_text_to_image.ipynb #0a33ba51
@@ -56,23 +60,62 @@ def read_prompts(
     limit: int | None = None,  # the first so many; None = all
 ) -> list[dict]:  # each with 'prompt', and with what else the file says of it
     "Prompts as the user gives them."
-    file = Path(source)
-    if file.suffix not in READERS:
+    file = Path(source).expanduser()
+    ending = file.suffix.lower()
+    if ending not in READERS and not os.path.isfile(file):
         texts = [p.strip() for p in str(source).split(';') if p.strip()]
         if not texts:
             raise ValueError(
                 f'prompts={source!r} is not allowed: give texts separated by semicolons, or a file.'
             )
         return [dict(prompt=text) for text in texts][:limit]
-    if not file.is_file():
+    if ending not in READERS or not os.path.isfile(file):
+        fault = 'has an unknown ending' if os.path.isfile(file) else 'does not exist'
         raise ValueError(
-            f'prompts file {file} does not exist: '
+            f'prompts file {file} {fault}: '
             'give a .txt, .jsonl (GenEval) or .json (COCO captions) file.'
         )
-    found = READERS[file.suffix](file.read_text(encoding='utf-8'))
+    found = READERS[ending](file.read_text(encoding='utf-8'))
     if not found or any('prompt' not in f for f in found):
         raise ValueError(f'{file} has no prompts, or an entry without "prompt".')
     return found[:limit]
+
+# %% ../nbs/5_diffusers/08_text_to_image.ipynb #ea508e05
+CARD = 'pictures.json'  # in an export: the digest of its prompts and pictures, and their number
+SAMPLES = '[0-9]*/samples/*.png'
+
+
+def _export_digest(prompts: Sequence[dict], files: Sequence[Path]) -> str:
+    "Hash of the prompts and of the pictures' bytes, in order."
+    listed = json.dumps([list(prompts), [sha256(f) for f in files]])
+    return hashlib.sha256(listed.encode()).hexdigest()[:16]
+
+
+def _exported(out: Path) -> str | None:
+    "The digest that an export noted."
+    card = out / CARD
+    return json.loads(card.read_text(encoding='utf-8'))['pictures'] if card.is_file() else None
+
+
+def _set_aside(out: Path):
+    "Remove the pictures of an earlier export; its verdict gets a name that says whose it is."
+    results = out / 'results.jsonl'
+    if results.exists():
+        results.replace(out / f'results-{_exported(out) or "unknown"}.jsonl')
+    for folder in out.glob('[0-9]*/samples'):
+        shutil.rmtree(folder.parent)
+
+
+def _check_results(results: Path):
+    "ValueError if results beside an export are not about all of its pictures."
+    card = results.with_name(CARD)
+    if card.is_file():
+        count = json.loads(card.read_text(encoding='utf-8'))['count']
+        found = len(results.read_text(encoding='utf-8').splitlines())
+        if found != count:
+            raise ValueError(
+                f'{results} has {found} verdicts, the export {count} pictures: run GenEval again.'
+            )
 
 # %% ../nbs/5_diffusers/08_text_to_image.ipynb #f5611a18
 def export_geneval(
@@ -82,16 +125,19 @@ def export_geneval(
     per_prompt: int = 4,  # pictures of a prompt
 ) -> Path:
     "Pictures in GenEval's layout: 00000/metadata.jsonl, 00000/samples/00000.png, ..."
-    files, out = picture_files(folder, per_prompt * len(prompts)), Path(out)
+    files, out = picture_files(folder, per_prompt * len(prompts)), Path(out).expanduser()
+    digest = _export_digest(prompts, files)
+    if digest == _exported(out) == _export_digest(prompts, sorted(out.glob(SAMPLES))):
+        return out
+    _set_aside(out)
     for p, entry in enumerate(prompts):
         samples = out / f'{p:05d}/samples'
         samples.mkdir(parents=True, exist_ok=True)
         metadata = json.dumps(entry) + '\n'
         (samples.parent / 'metadata.jsonl').write_text(metadata, encoding='utf-8')
         for k in range(per_prompt):
-            target = samples / f'{k:05d}.png'
-            if not target.exists():
-                _link(files[p * per_prompt + k], target)
+            _link(files[p * per_prompt + k], samples / f'{k:05d}.png')
+    write_json(out / CARD, dict(pictures=digest, count=len(files)))
     return out
 
 
@@ -114,6 +160,7 @@ def geneval_scores(
     results: str | os.PathLike,  # results.jsonl of GenEval's tool: 'tag', 'correct' of each picture
 ) -> dict[str, float]:  # the columns of table 4
     "Share of correct pictures by task; Overall is the mean over tasks, as in GenEval's summary."
+    _check_results(Path(results))
     frame = pd.read_json(results, lines=True)
     if not {'tag', 'correct'} <= set(frame.columns):
         raise ValueError(
@@ -138,7 +185,7 @@ class _Pictures(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> torch.Tensor:
         from PIL import Image, ImageOps
 
-        image = Image.open(self.files[i]).convert('RGB')
+        image = to_rgb(Image.open(self.files[i]), self.files[i])
         if self.size:
             image = ImageOps.fit(image, self.size[::-1], Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)

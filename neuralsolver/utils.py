@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ASSET_FOLDER', 'package_root', 'repository_root', 'data_root', 'data_file', 'reports_root', 'results_root',
            'results_folder', 'check_int', 'check_float', 'check_choice', 'split_names', 'split_numbers', 'atomic_path',
-           'write_text', 'write_json', 'sha256', 'indexed_noise', 'asset_file', 'import_torchvision']
+           'write_text', 'write_json', 'sha256', 'indexed_noise', 'asset_file', 'needs', 'import_torchvision']
 
 # %% ../nbs/tools/02_utils.ipynb #b7d8b4ee
 import ast
@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import tempfile
 from numbers import Integral
 from pathlib import Path
@@ -60,7 +61,7 @@ def reports_root(
     reports_dir: str | os.PathLike | None = None,  # None = `reports/` of the clone
 ) -> Path:
     "Folder of the committed results; created if missing. A wheel uses the working directory."
-    path = Path(reports_dir or (repository_root() or Path.cwd()) / 'reports')
+    path = Path(reports_dir or (repository_root() or Path.cwd()) / 'reports').expanduser()
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -191,7 +192,7 @@ def atomic_path(
     path: str | os.PathLike,  # final name; missing folders are created
 ) -> Iterator[Path]:
     "A temporary path to write to; renamed to `path` on success, removed on an exception."
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
     os.close(fd)
@@ -257,7 +258,7 @@ ASSET_FOLDER = 'NEURALSOLVER_CHECKPOINTS'  # environment variable: a folder with
 def _in_folder(names: Iterable[str | None]) -> Path | None:
     "The first of these files in the folder that the user named."
     folder = os.environ.get(ASSET_FOLDER)
-    files = [Path(folder) / name for name in names if name] if folder else []
+    files = [Path(folder).expanduser() / name for name in names if name] if folder else []
     return next((file for file in files if file.is_file()), None)
 
 
@@ -301,10 +302,11 @@ def asset_file(
     "A large file on disk; FileNotFoundError says what to download, ValueError that it is damaged."
     where = source if source.startswith('https:') else f'https://huggingface.co/{source}'
     if path:
-        if not Path(path).is_file():
+        path = Path(path).expanduser()
+        if not path.is_file():
             wanted = file or 'the file'
             raise FileNotFoundError(f'{name}: {path} is not there. Download {wanted} from {where}.')
-        return Path(path)
+        return path
     found = _in_folder((file, *also)) or _fetched(name, file, source, where, also)
     if digest and not sha256(found).startswith(digest):
         raise ValueError(
@@ -313,13 +315,32 @@ def asset_file(
         )
     return found
 
+# %% ../nbs/tools/02_utils.ipynb #c1e07a02
+def _is_installed(name: str) -> bool:
+    return sys.modules.get(name) is not None or importlib.util.find_spec(name) is not None
+
+
+def needs(
+    extra: str,  # 'diffusers', 'eval' or 'notebooks'
+    *libraries: str,  # names to import
+):
+    "ImportError in one line that names the extra, unless all libraries are installed."
+    missing = [name for name in libraries if not _is_installed(name)]
+    if missing:
+        raise ImportError(
+            f'{", ".join(missing)} cannot be found: pip install "neuralsolver[{extra}]".',
+            name=missing[0],
+        )
+
 # %% ../nbs/tools/02_utils.ipynb #77c91cd8
 _schemas = None  # must stay alive: a torch.library.Library takes its schemas with it
 
 
 def import_torchvision():
-    "The module torchvision, also where its compiled operators do not load."
+    "The module torchvision, also where its compiled operators do not load; None if not installed."
     global _schemas
+    if not _is_installed('torchvision'):  # diffusers works without it
+        return None
     try:
         import torchvision
     except RuntimeError as error:

@@ -6,6 +6,7 @@
 __all__ = ['make_scheduler', 'Rendering', 'check_renderings', 'render', 'compare', 'contact_sheet']
 
 # %% ../nbs/5_diffusers/07_zero_shot.ipynb #98f77edf
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Sequence
 
 import numpy as np
+from .utils import needs
+
+needs('diffusers,eval', 'diffusers', 'pandas')
 import pandas as pd
 import torch
 from tqdm import tqdm
@@ -142,6 +146,24 @@ def check_renderings(
                 f'{e or type(e).__name__}'
             ) from e
 
+# %% ../nbs/5_diffusers/07_zero_shot.ipynb #623898c1
+def _weights_digest(network: torch.nn.Module) -> str:
+    "Hash of the names, types and bytes of all tensors."
+    found = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(network.state_dict().items()):
+        found.update(f'{name} {value.dtype} {list(value.shape)}'.encode())
+        if value.device.type != 'meta':  # else its values lie in a file
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def pipeline_digest(pipe) -> str:
+    "What pictures depend on beside the protocol: the weights and the settings of the scheduler."
+    parts = pipe.components.items()
+    found = {k: _weights_digest(v) for k, v in parts if isinstance(v, torch.nn.Module)}
+    found['scheduler'] = {k: str(v) for k, v in pipe.scheduler.config.items() if k[0] != '_'}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
 # %% ../nbs/5_diffusers/07_zero_shot.ipynb #7fd08383
 @torch.no_grad()
 def render(
@@ -151,10 +173,10 @@ def render(
     batch_size: int = 8,  # samples at a time
     progress: bool = True,  # tqdm progress bar
 ) -> Path:  # the folder
-    "Make the pictures that are not there yet."
+    "Make the pictures that are not there yet; a folder of another pipeline is a ValueError."
     folder, own, r = Path(folder), pipe.scheduler, rendering
     check_int('batch_size', batch_size)
-    _claim(folder, r.protocol(pipe))
+    _claim(folder, r.protocol(pipe) | dict(content=pipeline_digest(pipe)))
     missing = [i for i in range(len(r.prompts)) if not _picture(folder, i).exists()]
     done = len(r.prompts) - len(missing)
     label = f'{r.solver} {r.steps}'
@@ -177,23 +199,14 @@ def _claim(folder: Path, protocol: dict):
     "Write the card of a folder; ValueError if it holds pictures of another protocol."
     prompts = protocol.pop('prompts')
     store = Store(folder / 'card.json', protocol, 'rendering')
-    _rename_card(folder)
     state = store.read()
+    if state is None and any(folder.glob('[0-9]*.png')):
+        raise store.refusal('pictures without a card.json')
     known = state['prompts'] if state else []
     short, long = sorted((known, prompts), key=len)
     if long[: len(short)] != short:
         raise store.refusal('prompts: another')
     store.write(dict(prompts=long))
-
-
-def _rename_card(folder: Path):
-    "The card of a folder was called protocol.json once."
-    old = folder / 'protocol.json'
-    if old.exists():
-        protocol = json.loads(old.read_text(encoding='utf-8'))
-        state = dict(prompts=protocol.pop('prompts'))
-        Store(folder / 'card.json', protocol, 'rendering').write(state)
-        old.unlink()
 
 # %% ../nbs/5_diffusers/07_zero_shot.ipynb #7e6b2cb0
 def _picture(folder: str | os.PathLike, index: int) -> Path:

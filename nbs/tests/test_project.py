@@ -244,12 +244,19 @@ def test_wheel_is_built_and_installed(tree, source, tmp_path):
 
 CLOSING = '=== 3 passed in 1.00s ==='
 STUB = '#!/bin/sh\necho "$(basename "$0") $*" >> "$LOG"\n'
-TOOLS = dict(pip='', pytest=f'echo "{CLOSING}"', ruff='', nbdev_clean='echo noise', nbdev_export='')
+CORE = 'case "$*" in *venv*) mkdir -p "$3/bin" && cp "$(dirname "$0")"/p* "$3/bin";; esac'
+TOOLS = dict(pip='', pytest=f'echo "{CLOSING}"', python=CORE, twine='', ruff='')
+TOOLS |= dict(nbdev_clean='echo noise', nbdev_export='')
 COMMANDS = [
     'python3 nbs/tests/count_code.py',
     'python3 -m venv .venv',
     'pip install -q -e .[dev]',
     'pytest ',
+    'python -m build -q --no-isolation -o CLONE/dist .',
+    'twine check --strict CLONE/dist/*',
+    'python -m venv CLONE/core',
+    'pip install -q CLONE/dist/*.whl torch==1',
+    'python CLONE/installed.py',
     'ruff check',
     'ruff format --check',
     'nbdev_clean ',
@@ -258,7 +265,7 @@ COMMANDS = [
 
 
 def executable(file, body):
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f'{STUB}{body}\n')
     file.chmod(0o755)
 
@@ -270,6 +277,8 @@ def repo(tmp_path):
     shutil.copytree(ROOT / '.ci', repo / '.ci')
     shutil.copy(ROOT / '.gitignore', repo)
     (repo / 'README.md').write_text(f'```sh\n{RUN}\n{TEST}\n```\n')
+    (repo / 'settings.ini').write_text('dev_requirements = torch==1 ruff==2\n')
+    executable(repo / 'nbs/tests/installed.py', '')
     git = 'git -c user.name=t -c user.email=t@example.org -c commit.gpgsign=false'.split()
     git += ['-c', 'core.hooksPath=/dev/null']
     for args in ('init -q', 'add -A', 'commit -q -m first'):
@@ -283,11 +292,12 @@ def repo(tmp_path):
     [
         ({}, 0, COMMANDS),
         (dict(pytest='exit 3'), 3, COMMANDS[:4]),
-        (dict(ruff='exit 1'), 1, COMMANDS[:5]),
+        (dict(twine='exit 1'), 1, COMMANDS[:6]),
+        (dict(ruff='exit 1'), 1, COMMANDS[:10]),
         (dict(nbdev_export='echo changed >> README.md'), 1, COMMANDS),
         (dict(nbdev_export='touch new.py'), 1, COMMANDS),
     ],
-    ids=['green', 'tests', 'linter', 'change', 'new'],
+    ids=['green', 'tests', 'wheel', 'linter', 'change', 'new'],
 )
 def test_ci_runs_readmes_command_in_a_fresh_clone(repo, tmp_path, changes, code, commands):
     for name, body in (TOOLS | changes).items():
@@ -303,7 +313,8 @@ def test_ci_runs_readmes_command_in_a_fresh_clone(repo, tmp_path, changes, code,
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == code, done.stderr
-    assert (tmp_path / 'log').read_text().splitlines() == commands
+    log = re.sub(rf'{re.escape(str(tmp_path))}/tmp\.\w+', 'CLONE', (tmp_path / 'log').read_text())
+    assert log.splitlines() == commands
     if not code:
         assert done.stdout.splitlines() == [CLOSING] and done.stderr == ''
     assert list((repo / '.venv').iterdir()) == []

@@ -104,7 +104,7 @@ def test_text_to_image_renders_then_reads_scores(tmp_path):
     out = tmp_path / 'text_to_image/try/geneval-dit-xl-2-5'
     assert len(list(out.rglob('*.png'))) == 4
     assert json.loads((out / '00001/metadata.jsonl').read_text())['tag'] == 'colors'
-    judged = [('position', True), ('position', False), ('colors', True)]
+    judged = [('position', True), ('position', False), ('colors', True), ('colors', True)]
     lines = [json.dumps(dict(tag=tag, correct=correct)) for tag, correct in judged]
     (out / 'results.jsonl').write_text('\n'.join(lines))
     run_notebook('studies/text_to_image', **small)

@@ -100,17 +100,16 @@ def test_resumed_folder_takes_more_prompts_and_no_other_settings(tmp_path):
             render(pipe, replace(SANA, **change), folder, progress=False)
 
 
-def test_resumed_folder_with_a_card_of_the_old_name(tmp_path):
-    pipe = load_pipeline('random-sana')
-    render(pipe, SANA, tmp_path, progress=False)
+def test_pictures_of_other_weights_or_of_unknown_ones_are_refused(tmp_path):
+    render(load_pipeline('random-sana'), SANA, tmp_path, progress=False)
     before = (tmp_path / '000001.png').stat().st_mtime_ns
-    (tmp_path / 'card.json').unlink()
-    (tmp_path / 'protocol.json').write_text(json.dumps(SANA.protocol(pipe)))
-    with pytest.raises(ValueError, match='another rendering .*seed'):
-        render(pipe, replace(SANA, seed=1), tmp_path, progress=False)
-    render(pipe, SANA, tmp_path, progress=False)
+    with pytest.raises(ValueError, match='another rendering .*content'):
+        render(load_pipeline('random-sana', seed=7), SANA, tmp_path, progress=False)
+    render(load_pipeline('random-sana'), SANA, tmp_path, progress=False)
     assert (tmp_path / '000001.png').stat().st_mtime_ns == before
-    assert not (tmp_path / 'protocol.json').exists()
+    (tmp_path / 'card.json').unlink()
+    with pytest.raises(ValueError, match='pictures without a card.json'):
+        render(load_pipeline('random-sana'), SANA, tmp_path, progress=False)
 
 
 def test_refused_before_the_run_what_a_pipeline_cannot_drive():

@@ -9,6 +9,9 @@ __all__ = []
 from dataclasses import dataclass
 from os import PathLike
 
+from neuralsolver.utils import needs
+
+needs('notebooks', 'pandas', 'IPython')
 import pandas as pd
 from IPython.display import Markdown
 

@@ -6,6 +6,9 @@
 __all__ = ['STYLE', 'BOARD', 'ERRATA', 'claims_board', 'errata_cards']
 
 # %% ../../nbs/tools/16_cards.ipynb #c7801fac
+from neuralsolver.utils import needs
+
+needs('notebooks', 'pandas', 'jinja2')
 import pandas as pd
 from jinja2 import Environment
 

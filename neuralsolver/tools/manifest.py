@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable
 
+from neuralsolver.utils import needs
+
+needs('notebooks', 'pandas')
 import pandas as pd
 
 from neuralsolver.utils import check_choice, data_file, split_names

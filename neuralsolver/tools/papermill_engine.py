@@ -16,7 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Sequence
 
-import click
+try:
+    import click
+except ImportError as e:  # `neuralsolver.utils.needs` would say it, but imports torch
+    raise ImportError('papermill cannot be found: pip install "neuralsolver[notebooks]".') from e
 
 from neuralsolver.tools.terminal import LiveLine, last_error, refusal, tagged_text
 

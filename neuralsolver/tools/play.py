@@ -10,6 +10,9 @@ import io
 from dataclasses import dataclass
 from functools import cache
 
+from neuralsolver.utils import needs
+
+needs('notebooks', 'ipywidgets', 'matplotlib', 'PIL')
 import ipywidgets as widgets
 import numpy as np
 import torch

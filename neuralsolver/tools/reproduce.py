@@ -64,7 +64,7 @@ IGNORED = (  # no number depends on these
 UNUSED_DATA = ('items.csv', 'README.md')
 DRAWING = ('papermill', 'matplotlib', 'seaborn')  # libraries that change no number
 LIBRARIES = (
-    'torch torchvision numpy pandas scipy safetensors lion-pytorch torch-fidelity '
+    'torch torchvision numpy pandas scipy safetensors torch-fidelity '
     'diffusers transformers matplotlib seaborn papermill'
 ).split()
 

@@ -13,6 +13,9 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
+from neuralsolver.utils import needs
+
+needs('notebooks', 'pandas', 'jinja2', 'nbconvert')
 import pandas as pd
 
 from neuralsolver.figure_style import solver_title

@@ -11,6 +11,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from neuralsolver.utils import needs
+
+needs('eval', 'pandas')
 import pandas as pd
 
 from neuralsolver.figure_style import solver_kind, solver_title

@@ -16,6 +16,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable
 
+from neuralsolver.utils import needs
+
+needs('notebooks', 'nbdev')
 from fastcore.docments import MarkdownRenderer
 from nbdev.showdoc import show_doc
 

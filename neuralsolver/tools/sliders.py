@@ -6,6 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/tools/14_sliders.ipynb #858fa342
+from neuralsolver.utils import needs
+
+needs('notebooks', 'ipywidgets', 'matplotlib', 'PIL')
 import ipywidgets as widgets
 import numpy as np
 import torch

@@ -8,6 +8,9 @@ __all__ = []
 # %% ../../nbs/tools/05_statistics.ipynb #5a7e0005
 import math
 from collections.abc import Callable, Sequence
+from neuralsolver.utils import needs
+
+needs('eval', 'pandas', 'scipy')
 import numpy as np
 
 # %% ../../nbs/tools/05_statistics.ipynb #5a7e0007
