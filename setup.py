@@ -33,7 +33,7 @@ setup(
     install_requires=cfg['requirements'].split(),
     extras_require={
         extra: cfg[f'{extra}_requirements'].split()
-        for extra in ('diffusers', 'eval', 'notebooks', 'dev')
+        for extra in ('diffusers', 'eval', 'features', 'notebooks', 'dev')
     },
     entry_points={
         'papermill.engine': [

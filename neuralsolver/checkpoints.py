@@ -294,16 +294,26 @@ def load_model(
 VAE_FILES = ('config.json', 'diffusion_pytorch_model.safetensors')
 
 
-def vae_folder(
-    source: str,  # a folder with VAE_FILES, or the id of a Hugging Face repository
-) -> Path:
-    "Where the autoencoder lies: `source`, $NEURALSOLVER_CHECKPOINTS, or huggingface_hub's cache."
+def find_vae(
+    source: str,  # a folder with VAE_FILES, a name below data/, or the id of a repository
+) -> Path | None:  # None: not on this machine, or in huggingface_hub's cache
+    "The autoencoder in the folder `source`, below $NEURALSOLVER_CHECKPOINTS or below data/."
     name = source.split('/')[-1]
     named = os.environ.get(ASSET_FOLDER)
     folders = [Path(source), *([Path(named) / name] if named else [])]
-    for folder in folders:
-        if all((folder / f).is_file() for f in VAE_FILES):
-            return folder
+    if source in (name, f'data/{name}'):
+        folders.append(data_root() / name)
+    there = [d for d in folders if all((d / f).is_file() for f in VAE_FILES)]
+    return there[0] if there else None
+
+
+def vae_folder(
+    source: str,  # as in `find_vae`
+) -> Path:
+    "Where the autoencoder lies; fetched if it is not on this machine."
+    if (folder := find_vae(source)) is not None:
+        return folder
+    name = source.split('/')[-1]
     try:
         return [_hub_file(source, f) for f in VAE_FILES][0].parent
     except Exception as e:  # whatever the network says
@@ -319,6 +329,25 @@ def _hub_file(source: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(source, file))
+
+# %% ../nbs/3_models/03_checkpoints.ipynb #c01a5e02
+class LatentSize(NamedTuple):
+    "What an autoencoder decodes."
+
+    channels: int = 4  # of a latent
+    side: int = 8  # pixels a side of a latent
+
+
+def latent_size(
+    source: str,  # as in `find_vae`
+) -> LatentSize:
+    "From the configuration of an autoencoder on this machine."
+    folder = find_vae(source)
+    if folder is None:
+        return LatentSize()
+    config = json.loads((folder / VAE_FILES[0]).read_text(encoding='utf-8'))
+    halvings = len(config['block_out_channels']) - 1
+    return LatentSize(config.get('latent_channels', 4), 2**halvings)
 
 # %% ../nbs/3_models/03_checkpoints.ipynb #87f6968f
 def _autoencoder_class():
@@ -351,8 +380,8 @@ class Autoencoder:
     @torch.no_grad()
     def decode(
         self,
-        latents: Tensor,  # [B, 4, H, W]
-    ) -> Tensor:  # float32 [B, 3, 8 H, 8 W], about in [-1, 1]
+        latents: Tensor,  # [B, C, H, W]
+    ) -> Tensor:  # float32 [B, 3, s H, s W], about in [-1, 1]; s of `latent_size`
         "Pictures of latents."
         parts = latents.split(self.batch_size)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):

@@ -203,6 +203,7 @@ METRICS = {
     'precision': 'precision',
     'recall': 'recall',
     'sfid': 'sFID',
+    'sfd': 'sFD (EfficientNet-Lite0)',
     'kid': 'KID',
 }
 

@@ -28,7 +28,7 @@ from neuralsolver.reported import (
     reported_protocol,
 )
 from .sampling import work_bar
-from .tables import TITLES, cells_of, markdown, mean_sd_cells
+from .tables import REFERENCES, cells_of, markdown, mean_sd_cells, metric_title
 from .utils import atomic_path, check_choice, split_names, write_json, write_text
 
 # %% ../nbs/4_measure/12_curves.ipynb #e5a2dd03
@@ -96,7 +96,6 @@ def curve_rows(
 
 # %% ../nbs/4_measure/12_curves.ipynb #ed030ca8
 REPORTED_TEACHER = 50  # Euler steps of the paper's last column; ours may have others
-FLOORS = ['teacher', 'real']
 
 
 def _check_protocols(protocols: list[Protocol]):
@@ -138,8 +137,8 @@ def evaluate_curve(
     with work_bar(protocols, shards_dir, progress and processes == 1) as bar:
         shown = bar if processes == 1 else progress
         parts = [evaluate(p, shown, shards_dir, processes)[0] for p in protocols]
-    floors = parts[-1][parts[-1].solver.isin(FLOORS)]
-    rows = pd.concat([part[~part.solver.isin(FLOORS)] for part in parts])
+    floors = parts[-1][parts[-1].solver.isin(REFERENCES)]
+    rows = pd.concat([part[~part.solver.isin(REFERENCES)] for part in parts])
     order = list(dict.fromkeys(name for p in protocols for name in p.chosen))
     rows['order'] = rows.solver.map(order.index)
     rows = rows.sort_values(['order', 'steps'], kind='stable').drop(columns='order')
@@ -175,9 +174,9 @@ def _reported_block(table: pd.DataFrame, rows: pd.DataFrame, metric: str, model:
 
 def _floor_text(floors: pd.DataFrame, metric: str) -> str:
     "Teacher and real images, below the table of a metric."
-    names = {'teacher': 'teacher', 'real': 'real images'}
+    names = {'real': 'real images', 'reconstructed': 'reconstructed images'}
     cells = zip(floors.solver, mean_sd_cells(floors, metric))
-    return '; '.join(f'{names[solver]}: {cell}' for solver, cell in cells if cell)
+    return '; '.join(f'{names.get(solver, solver)}: {cell}' for solver, cell in cells if cell)
 
 # %% ../nbs/4_measure/12_curves.ipynb #11b6f5af
 def curve_markdown(
@@ -186,13 +185,14 @@ def curve_markdown(
 ) -> str:
     "The tables for readers; measured and reported apart, the protocol below."
     p = protocols[0]
-    rows = table[~table.solver.isin(FLOORS)]
-    floors = table[table.solver.isin(FLOORS)]
+    rows = table[~table.solver.isin(REFERENCES)]
+    floors = table[table.solver.isin(REFERENCES)]
     blocks = []
     errors = ('error', 'strays', 'rmse', 'ratio', f'{distance_of(p)}_above')
     for m in (*errors, *PROTOCOLS[p.protocol]):
         floor = '' if m in errors else _floor_text(floors, m)  # the teacher's error is 0
-        blocks.append(_block(f'{TITLES[m]}, measured', rows, cells_of(rows, m), floor))
+        title = f'{metric_title(m, p.protocol)}, measured'
+        blocks.append(_block(title, rows, cells_of(rows, m), floor))
     blocks += [_reported_block(table, rows, m, p.model) for m in REPORTED_METRICS]
     spends = [
         f'{r.solver} spends {int(r.nfe)} evaluations in {int(r.steps)} steps'

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Mapping
 
 import numpy as np
 from .utils import needs
@@ -27,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #b387944f
+from .checkpoints import vae_folder
 from .image_files import export_npz
 from .inception import image_metrics
 from .fashion_features import Features, real_test
@@ -58,7 +60,8 @@ from neuralsolver.sampling import (
 )
 from .shards import Shards, workers
 from .solvers import Solver
-from .tables import TITLES, cells_of, markdown
+from .photo_features import SIDE, photo_metrics, read_reconstructions
+from .tables import cells_of, markdown, metric_title
 from .tools.statistics import resampled_means
 from .utils import atomic_path, check_int, results_folder, results_root
 from .utils import write_json, write_text
@@ -77,12 +80,15 @@ def measure(
     always |= dict(seconds=sum(info['seconds'] for info in shards.infos()))
     if not all(block.isfinite().all() for block in blocks(shards.rows('features'))):
         return dict.fromkeys(PROTOCOLS[p.protocol], math.nan) | always
-    if p.protocol != 'fashion':
+    if p.protocol in ('adm', 'paper'):
         rows = {name: shards.rows(name) for name in ('features', 'spatial', 'logits')}
         return image_metrics(rows, reference, p.device) | always
     features = Features(shards.rows('features')[:], shards.rows('logits')[:])
     labels = torch.arange(len(shards)) % 10
-    return compute_metrics(features, labels, reference) | always
+    if p.protocol == 'fashion':
+        return compute_metrics(features, labels, reference) | always
+    heads = features._asdict() | dict(spatial=shards.rows('spatial')[:])
+    return photo_metrics(heads, labels, reference) | always
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #f1900002
 def distance_of(p: Protocol) -> str:
@@ -124,19 +130,43 @@ def ratios_to_best(
     return pd.DataFrame(dict(zip(RATIO, (value, low, high))), index=list(errors))
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #79c639ce
+def _parts(p: Protocol, images: int) -> list[slice]:
+    "Images of the seeds among so many test images; the last seeds have none if there are few."
+    return [slice(b - n, b) for b, n in zip(np.cumsum(p.counts), p.counts) if b <= images]
+
+
+def _photo_rows(p: Protocol, heads: Mapping[str, Tensor], reference) -> list[dict]:
+    "Metrics of test images whose classes are interleaved, one a seed."
+    labels = torch.arange(len(heads['features'])) % 10
+    return [
+        photo_metrics({k: v[part] for k, v in heads.items()}, labels[part], reference)
+        for part in _parts(p, len(labels))
+    ]
+
+
 def real_rows(p: Protocol, reference) -> list[dict]:
     "Metrics of real images, one a seed; empty when there are too few."
-    if p.protocol != 'fashion':
+    if p.protocol in ('adm', 'paper'):
         if reference.features is None:
             return []
         fid = frechet_distance(moments(reference.features), (reference.mu, reference.sigma))
         return [dict(fid=fid, samples=len(reference.features))]
+    if p.protocol == 'photo':
+        heads = reference.test._asdict() | dict(spatial=reference.test_spatial)
+        return _photo_rows(p, heads, reference)
     features, labels = real_test()
-    parts = [slice(b - n, b) for b, n in zip(np.cumsum(p.counts), p.counts) if b <= len(labels)]
     return [
         compute_metrics(Features(*(v[part] for v in features)), labels[part], reference)
-        for part in parts
+        for part in _parts(p, len(labels))
     ]
+
+
+def reconstructed_rows(p: Protocol, reference) -> list[dict]:
+    "Metrics of the same images through the autoencoder; empty where they are not known."
+    if p.protocol != 'photo' or p.vae == 'none':
+        return []
+    heads = read_reconstructions(vae_folder(p.vae), reference)
+    return _photo_rows(p, heads, reference) if heads else []
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #b46f876f
 ERRORS = ('rmse', 'mean_error', 'median_error', 'strays')
@@ -166,7 +196,7 @@ def summary(
     row |= above_teacher(seeds, teacher, distance_of(p)) if teacher else {}
     row |= dict(seconds=frame['seconds'].sum() if solver else None)
     steps = solver.steps if solver else 0
-    reported = ('fid',) if p.protocol == 'fashion' else PROTOCOLS[p.protocol]
+    reported = PROTOCOLS[p.protocol] if p.protocol in ('adm', 'paper') else ('fid',)
     return row | {f'reported_{m}': reported_number(p.model, name, steps, m) for m in reported}
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #f1900007
@@ -201,8 +231,9 @@ def evaluate_shards(
         rows.append(summary(p, name, solver, seeds[name], paired_with))
         first = folders[name, p.seed_list[0]]
         examples[name] = first.rows('examples')[: min(EXAMPLES, p.counts[0])]
-    if real := real_rows(p, reference):
-        rows.append(summary(p, 'real', None, real))
+    for name, measured in (('real', real_rows), ('reconstructed', reconstructed_rows)):
+        if seeds_of_row := measured(p, reference):
+            rows.append(summary(p, name, None, seeds_of_row))
     table = pd.DataFrame(rows).join(sample_ratios(p, folders), on='solver')
     return table, examples
 
@@ -251,6 +282,16 @@ def _metrics_card(p: Protocol, extractor: str, reference) -> dict:
     "How the metrics are computed."
     if p.protocol == 'fashion':
         return metrics_protocol() | dict(n_real_kid_pr=KID_PR_REAL)
+    if p.protocol == 'photo':
+        card = reference.card
+        return metrics_protocol() | dict(
+            extractor=extractor,
+            reference=card['data'],
+            n_real_fd=card['train_images'],
+            n_real_kid_pr=len(reference.real.features),
+            axes=reference.axes.axes.shape[1],
+            resize=f'bilinear to {SIDE}, inside the network',
+        )
     packages = ['torch-fidelity', *(['diffusers'] if p.vae != 'none' else [])]
     return dict(
         extractor=extractor,
@@ -284,18 +325,21 @@ def protocol_card(p: Protocol, shards_dir: str | os.PathLike) -> dict:
     )
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #163aea5a
+SHOWN = dict(fashion=(), photo=('sfd', 'accuracy'))  # metrics after the ratio; others: all
+
+
 def _columns(table: pd.DataFrame, p: Protocol) -> dict[str, list | pd.Series]:
     "What readers see of a table: title and cells."
     distance = distance_of(p)
     names = dict(solver='solver', nfe='NFE')
     shown = {title: table[name] for name, title in names.items()}
     metrics = ['error', 'strays', 'rmse', distance, f'{distance}_above', 'ratio']
-    if p.protocol != 'fashion':
-        metrics += PROTOCOLS[p.protocol][1:]
-    shown |= {TITLES[m]: cells_of(table, m) for m in metrics}
+    metrics += SHOWN.get(p.protocol, PROTOCOLS[p.protocol][1:])
+    shown |= {metric_title(m, p.protocol): cells_of(table, m) for m in metrics}
     reported = [c for c in table.columns if c.startswith('reported_')]
     reported = [c for c in reported if c == 'reported_fid' or table[c].notna().any()]
-    return shown | {f'{TITLES[c.removeprefix("reported_")]} reported': table[c] for c in reported}
+    titles = {c: metric_title(c.removeprefix('reported_'), p.protocol) for c in reported}
+    return shown | {f'{title} reported': table[c] for c, title in titles.items()}
 
 
 STATISTICS = (
@@ -314,7 +358,8 @@ def table_markdown(table: pd.DataFrame, p: Protocol) -> str:
     what = 'Reported numbers' if several else 'FID reported'
     sentence = f'{protocol_sentence(p)} {STATISTICS}'
     sentence += f' {what}, from the paper: {reported_protocol(p.model)}.'
-    rest = [TITLES[m] for m in PROTOCOLS[p.protocol] if TITLES[m] not in shown]
+    titles = [metric_title(m, p.protocol) for m in PROTOCOLS[p.protocol]]
+    rest = [title for title in titles if title not in shown]
     if rest:
         sentence += f' In the CSV as well: {", ".join(rest)}.'
     return '\n'.join([markdown(shown), '', sentence, '', *protocol_notes(p)]) + '\n'

@@ -55,6 +55,7 @@ _SEARCHED = {
     'flowdcn-tiny': ('flowdcn-tiny', '#E69F00', 'X'),
     'dit-tiny': ('dit-tiny', '#C1272D', 'P'),
     'fashion-mixture': ('fashion-mixture', '#8C3A00', '*'),
+    'sit-cifar': ('sit-cifar', '#FF6F3C', 'd'),
     'searched': ('searched here', '#D55E00', 'D'),
 }
 # time grid of a classical rule, as in unipc-3@log-snr: name, grey, fill of the marker

@@ -18,6 +18,7 @@ needs('eval', 'pandas', 'matplotlib')
 import pandas as pd
 from .figure_style import FIGURE_STYLE, reference_line, solver_kind, solver_style
 from .figure_style import solver_title
+from .tables import REFERENCES
 from .utils import atomic_path, sha256
 
 # %% ../nbs/4_measure/05_figures.ipynb #3477f7d4
@@ -131,8 +132,8 @@ def _draw_difference(
 def split_table(
     table: pd.DataFrame,  # from an evaluation's CSV
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # solvers, references by name
-    "The rows of solvers, and the rows 'teacher' and 'real'."
-    is_reference = table.solver.isin(['teacher', 'real'])
+    "The rows of solvers, and those of the teacher and of real images."
+    is_reference = table.solver.isin(REFERENCES)
     return table[~is_reference].copy(), table[is_reference].set_index('solver')
 
 # %% ../nbs/4_measure/05_figures.ipynb #9432597c

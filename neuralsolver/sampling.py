@@ -31,12 +31,14 @@ from neuralsolver.inception import (
 )
 from .fashion_features import extract, extractor_name, load_reference
 from .checkpoints import VAE_FILES, Autoencoder, load_model, model_file, vae_folder
+from .photo_features import PhotoExtractor, PhotoReference, load_photo_reference
+from .photo_features import register_photo_extractor
 from .precision import PRECISIONS, hardware, prepare, tf32
 from .protocol import Protocol
 from .shards import Shards, batch_ranges, remove_unfinished, shard_ranges, workers
 from .solvers import Solver, sample
 from .store import differences, identity_digest, read_card
-from .utils import indexed_noise, package_root, sha256
+from .utils import data_file, indexed_noise, package_root, sha256
 
 # %% ../nbs/4_measure/08_sampling.ipynb #2b6def9e
 def end_points(
@@ -107,10 +109,12 @@ class Sampler:
         return Autoencoder(p.vae, self.device, p.vae_scale, autocast=PRECISIONS[p.precision][1])
 
     @functools.cached_property
-    def extractor(self) -> FashionExtractor | Inception:
+    def extractor(self) -> FashionExtractor | PhotoExtractor | Inception:
         "Images to features."
         if self.p.protocol == 'fashion':
             return FashionExtractor()
+        if self.p.protocol == 'photo':
+            return PhotoExtractor(photo_reference(self.p).axes, self.device)
         return Inception(inception_file(self.p.inception), self.device)
 
     def batch(self, solver: Solver, seed: int, start: int, stop: int) -> Batch:
@@ -184,6 +188,10 @@ SOURCES = {
     'data': ('to_uint8', 'to_float'),
     'shards': ('shard_ranges', 'batch_ranges'),
     'fashion_features': ('FashionClassifier', 'extract', '_extractor_class'),
+    'photo_features': (
+        *('SIDE', '_NORMS', 'fuse_norms', 'efficientnet_lite0', 'PhotoNet', '_extractor_class'),
+        *('photo_features', 'Axes', 'PhotoExtractor'),
+    ),
     'inception': ('Inception',),
     'precision': ('PRECISIONS', 'Prepared', 'prepare', 'tf32'),
     'sampling': ('end_points', 'FashionExtractor', 'Sampler', '_tensors', 'shard'),
@@ -216,14 +224,32 @@ def code_digest() -> str:  # 12 hexadecimal digits
                 h.update(_computed(node).encode())
     return h.hexdigest()[:12]
 
+# %% ../nbs/4_measure/08_sampling.ipynb #c01a5e20
+def photo_reference_file(p: Protocol) -> str | os.PathLike:
+    "The statistics of photographs that a protocol names, or those of CIFAR-10."
+    return p.reference or data_file('cifar_reference.safetensors')
+
+
+def photo_reference(p: Protocol) -> PhotoReference:
+    "They, read; ValueError if they belong to another extractor."
+    return load_photo_reference(photo_reference_file(p), register_photo_extractor())
+
+
+def extractor_of(p: Protocol) -> str:
+    "Name and digest of what turns images into features."
+    if p.protocol == 'fashion':
+        return extractor_name()
+    if p.protocol == 'photo':  # features are on the axes of the reference
+        axes = sha256(photo_reference_file(p))[:10]
+        return f'{register_photo_extractor()}, axes of {axes}'
+    return f'inception-{sha256(inception_file(p.inception))[:10]}'
+
 # %% ../nbs/4_measure/08_sampling.ipynb #071eabbf
 def row_identity(p: Protocol) -> dict:  # JSON
     "The part of the identity that all rows share; fetches the files that are missing."
-    vae, extractor = 'none', extractor_name()
+    vae = 'none'
     if p.vae != 'none':
         vae = {f: sha256(vae_folder(p.vae) / f) for f in VAE_FILES} | dict(scale=p.vae_scale)
-    if p.protocol != 'fashion':
-        extractor = f'inception-{sha256(inception_file(p.inception))[:10]}'
     return dict(
         code=code_digest(),
         torch=torch.__version__,
@@ -239,7 +265,7 @@ def row_identity(p: Protocol) -> dict:  # JSON
         compile=p.compile,
         device=torch.device(p.device).type,
         vae=vae,
-        extractor=extractor,
+        extractor=extractor_of(p),
         uint8='floor(clip((x + 1) * 127.5 + 0.5, 0, 255))',
     )
 
@@ -273,6 +299,8 @@ def reference_source(p: Protocol) -> str | os.PathLike | None:
     "Folder or file of real images; fetched if it is ADM's. None: the committed statistics."
     if p.protocol == 'fashion':
         return None
+    if p.protocol == 'photo':
+        return photo_reference_file(p)
     return check_reference(p.reference) if p.reference else adm_reference_file(p.image_shape[1])
 
 
@@ -281,6 +309,10 @@ def reference_of(p: Protocol, shards_dir: str | os.PathLike, progress: bool = Tr
     if p.protocol == 'fashion':
         reference = load_reference()
         return reference._replace(features=reference.features[:KID_PR_REAL])
+    if p.protocol == 'photo':
+        reference = photo_reference(p)
+        real = reference.real._replace(features=reference.real.features[:KID_PR_REAL])
+        return reference._replace(real=real)
     return read_reference(
         reference_source(p),
         Inception(inception_file(p.inception), torch.device(p.device)),

@@ -24,6 +24,7 @@ TITLES = {
     'fid_above': 'FID above teacher, paired',
     'ratio': 'error / best classical',
     'sfid': 'sFID',
+    'sfd': 'sFD (EfficientNet-Lite0)',
     'is': 'IS',
     'kid': 'KID',
     'precision': 'precision',
@@ -31,6 +32,20 @@ TITLES = {
     'accuracy': 'accuracy',
 }
 DIGITS = dict.fromkeys(TITLES, 2) | {'rmse': 4, 'mean_error': 4, 'accuracy': 3}  # after the point
+PHOTO_TITLES = {
+    'fd': 'FD (EfficientNet-Lite0)',
+    'is': 'IS (EfficientNet-Lite0)',
+    'kid': 'KID (EfficientNet-Lite0)',
+}
+REFERENCES = ('teacher', 'real', 'reconstructed')  # rows that are no solvers
+
+
+def metric_title(
+    metric: str,  # a key of TITLES
+    protocol: str,  # of the features
+) -> str:
+    "What a table calls a metric; those of the features are named for the extractor, not FID."
+    return PHOTO_TITLES.get(metric, TITLES[metric]) if protocol == 'photo' else TITLES[metric]
 
 # %% ../nbs/4_measure/11_tables.ipynb #84b70b99
 def mean_sd(

@@ -11,7 +11,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 from torch import nn, Tensor
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from .data import to_float
 from .fields import path_of
 from .paths import LinearPath, NETWORK_TIMES, NoisePath, PREDICTIONS
+from .precision import PRECISIONS
 from .store import Store
 from .utils import check_choice, check_float, check_int
 
@@ -60,9 +61,11 @@ def learning_rate(
     steps: int,  # steps of the whole training
     peak: float,  # learning rate at the top
     warmup: int,  # steps of linear rise, >= 1
+    hold: int | None = None,  # steps before a fall with 1 / sqrt(step); None = linear fall to zero
 ) -> float:
-    "Linear warm-up times linear decay to zero."
-    return peak * min(1, (step + 1) / warmup) * (1 - step / steps)
+    "Linear warm-up times the fall."
+    fall = 1 - step / steps if hold is None else max(1, step / hold) ** -0.5
+    return peak * min(1, (step + 1) / warmup) * fall
 
 
 @torch.no_grad()
@@ -82,43 +85,66 @@ def _seed(p: SimpleNamespace, number: int) -> int:
 
 
 @functools.lru_cache(1)
-def _permutation(count: int, seed: int) -> Tensor:
+def permutation(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
+TIMES = ('uniform', 'logit-normal')
+
+
+def draw_times(
+    times: str,  # one of TIMES
+    count: int,  # how many
+) -> Tensor:  # float32 [count] in [0, 1]
+    "Times of a step, from PyTorch's generator; logit-normal ones in rising order of strata."
+    u = torch.rand(count)
+    if times == 'uniform':
+        return u
+    return torch.special.ndtri((torch.arange(count) + u) / count).sigmoid()
+
+
 def _batch(
-    images: Tensor,  # uint8 [M, C, H, W]
+    images: Tensor,  # uint8 or float32 [M, C, H, W]
     labels: Tensor,  # int64 [M]
     p: SimpleNamespace,  # settings
     step: int,  # 0 .. steps - 1
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # data in [-1, 1], noise, times [B], labels [B]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # data, noise, times [B], labels [B]
     "What a step sees; leaves the generator where label dropout begins."
     epoch, i = divmod(step, len(images) // p.batch_size)
-    order = _permutation(len(images), _seed(p, epoch))
+    order = permutation(len(images), _seed(p, epoch))
     index = order[i * p.batch_size : (i + 1) * p.batch_size]
-    data = to_float(images[index])
+    data = images[index]
+    data = to_float(data) if data.dtype == torch.uint8 else data
     torch.manual_seed(_seed(p, step))
-    t = torch.rand(len(data))
+    t = draw_times(p.times, len(data))
     noise = torch.randn_like(data)
     return data, noise, t, labels[index]
 
 # %% ../nbs/3_models/04_training.ipynb #c3678f05
+def data_digest(*tensors: Tensor) -> str:
+    "SHA-256 of the bytes of these tensors, one after the other."
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
 def _identity(net: nn.Module, images: Tensor, labels: Tensor, path: NoisePath, settings: dict):
     "All that changes a number of the training."
-    digest = hashlib.sha256(images.contiguous().numpy())
-    digest.update(labels.contiguous().numpy())
+    if settings['hold'] is not None:  # no step depends on the end
+        settings = {k: v for k, v in settings.items() if k != 'samples'}
     return dict(
         settings,
         net=type(net).__name__,
         config=repr(getattr(net, 'config', None)),
         path=repr(path),
         images=list(images.shape),
-        sha256=digest.hexdigest(),
+        sha256=data_digest(images, labels),
     )
 
 
 @dataclass
-class _Training:
+class Training:
     "What a step changes."
 
     net: nn.Module  # in training mode
@@ -139,7 +165,7 @@ class _Training:
 
 # %% ../nbs/3_models/04_training.ipynb #32faa729
 def _step(
-    run: _Training,  # changed in place
+    run: Training,  # changed in place
     batch: tuple[Tensor, ...],  # of `_batch`
     path: NoisePath,
     steps: int,  # of the whole training
@@ -149,11 +175,13 @@ def _step(
     done = len(run.losses)
     device = next(run.net.parameters()).device
     batch = (part.to(device) for part in batch)
-    loss = regression_loss(run.net, path, p.prediction, *batch)
+    dtype = PRECISIONS[p.precision][1]
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        loss = regression_loss(run.net, path, p.prediction, *batch)
     if not loss.isfinite():
         raise FloatingPointError(f'the loss of step {done} is {loss.item()}: lower lr={p.lr}.')
     for group in run.optimizer.param_groups:
-        group['lr'] = learning_rate(done, steps, p.lr, p.warmup)
+        group['lr'] = learning_rate(done, steps, p.lr, p.warmup, p.hold)
     loss.backward()
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -161,15 +189,15 @@ def _step(
     run.losses.append(loss.item())
 
 # %% ../nbs/3_models/04_training.ipynb #3988cd56
-def _begin(
+def begin(
     net: nn.Module,
     lr: float,  # peak learning rate
     store: Store | None,  # None = nothing is kept
-) -> _Training:
+) -> Training:
     "A training at its first step, or where its checkpoint ends."
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     average = {k: v.detach().clone() for k, v in net.state_dict().items()}
-    run = _Training(net.train(), optimizer, average, [])
+    run = Training(net.train(), optimizer, average, [])
     if store is None:
         return run
     state = store.read()
@@ -195,10 +223,12 @@ class TrainResult:
 
 def _check(images: Tensor, labels: Tensor, p: SimpleNamespace):
     "Refuse bad arguments before any compute."
-    if images.dtype != torch.uint8 or labels.dtype != torch.int64 or len(images) != len(labels):
+    known = images.dtype in (torch.uint8, torch.float32)
+    if not known or labels.dtype != torch.int64 or len(images) != len(labels):
         raise ValueError(
             f'images {images.dtype} {list(images.shape)} and labels {labels.dtype} '
-            f'{list(labels.shape)}: give uint8 [M, C, H, W] and int64 [M].'
+            f'{list(labels.shape)}: give uint8 (images) or float32 (latents) [M, C, H, W] '
+            'and int64 [M].'
         )
     check_choice('prediction', p.prediction, PREDICTIONS)
     check_int('batch_size', p.batch_size, 1, len(images))
@@ -207,9 +237,13 @@ def _check(images: Tensor, labels: Tensor, p: SimpleNamespace):
     check_int('seed', p.seed, 0, 4000)
     check_float('lr', p.lr, 1e-12, 1)
     check_float('ema_decay', p.ema_decay, 0, 1)
+    check_choice('times', p.times, TIMES)
+    check_choice('precision', p.precision, [k for k, v in PRECISIONS.items() if v[0].itemsize == 4])
+    if p.hold is not None:
+        check_int('hold', p.hold)
 
 # %% ../nbs/3_models/04_training.ipynb #b2c3a63a
-def _bar(done: int, end: int, steps: int, losses: list[float], shown: bool) -> Iterator[int]:
+def step_bar(done: int, end: int, steps: int, losses: list[float], shown: bool) -> Iterator[int]:
     "The steps to do, with a bar of all steps and the mean of the last 500 losses."
     look = dict(desc='training', unit='step', mininterval=20, disable=not shown)
     with tqdm(total=steps, initial=done, **look) as bar:
@@ -221,19 +255,23 @@ def _bar(done: int, end: int, steps: int, losses: list[float], shown: bool) -> I
 # %% ../nbs/3_models/04_training.ipynb #70e60bb3
 def train(
     net: nn.Module,  # net(x [B, C, H, W], t [B], y [B]); trained in place, on its device
-    images: Tensor,  # uint8 [M, C, H, W], on the CPU
+    images: Tensor,  # uint8 images or float32 latents [M, C, H, W], on the CPU
     labels: Tensor,  # int64 [M], on the CPU
     path: NoisePath | None = None,  # None = `net.path`, or LinearPath()
     prediction: str | None = None,  # of PREDICTIONS; None = `net.prediction`, or 'velocity'
     samples: int = 1_920_000,  # images seen; steps = samples // batch_size
     batch_size: int = 128,  # images in one step
     lr: float = 1e-3,  # peak learning rate of AdamW
-    warmup: int = 500,  # steps of linear warm-up, then linear decay to zero
+    warmup: int = 500,  # steps of linear warm-up
+    hold: int | None = None,  # None = then linear fall to zero at the end; else see `learning_rate`
     ema_decay: float = 0.9995,  # decay of the moving average of the weights
+    times: str = 'uniform',  # how t is drawn, one of TIMES
+    precision: str = 'float32',  # a key of PRECISIONS whose weights are float32
     seed: int = 0,  # 0..4000: order, times, noise, label dropout (the weights are the caller's)
     checkpoint: str | os.PathLike | None = None,  # file to resume from and to save to
     save_every: int = 500,  # steps between checkpoints
     stop_after: int | None = None,  # steps to do now, then save and return; None = to the end
+    on_save: Callable[[TrainResult], None] | None = None,  # called after every checkpoint
     progress: bool = True,  # tqdm progress bar
 ) -> TrainResult:
     "Train a class-conditional network (eq. 6); the same numbers in one go or in pieces."
@@ -244,7 +282,10 @@ def train(
         batch_size=batch_size,
         lr=lr,
         warmup=warmup,
+        hold=hold,
         ema_decay=ema_decay,
+        times=times,
+        precision=precision,
         seed=seed,
     )
     p = SimpleNamespace(**settings)
@@ -255,13 +296,15 @@ def train(
     store = None
     if checkpoint is not None:
         store = Store(checkpoint, _identity(net, images, labels, path, settings), 'training')
-    run = _begin(net, lr, store)
+    run = begin(net, lr, store)
     done = len(run.losses)
     end = min(steps, done + most)
     device = next(net.parameters()).device
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        for step in _bar(done, end, steps, run.losses, progress):
+        for step in step_bar(done, end, steps, run.losses, progress):
             _step(run, _batch(images, labels, p, step), path, steps, p)
             if store is not None and (step + 1 == end or (step + 1) % save_every == 0):
                 store.write(run.state())
+                if on_save is not None:
+                    on_save(TrainResult(run.average, run.losses, steps))
     return TrainResult(run.average, run.losses, steps)

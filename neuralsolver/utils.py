@@ -321,7 +321,7 @@ def _is_installed(name: str) -> bool:
 
 
 def needs(
-    extra: str,  # 'diffusers', 'eval' or 'notebooks'
+    extra: str,  # 'diffusers', 'eval', 'features' or 'notebooks'
     *libraries: str,  # names to import
 ):
     "ImportError in one line that names the extra, unless all libraries are installed."

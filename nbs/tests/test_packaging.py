@@ -80,7 +80,7 @@ def imported(file):
 
 def test_every_library_that_is_imported_is_asked_for():
     "triton comes with torch for CUDA; docutils with Sphinx; comfy runs the nodes that import it."
-    known = environment('diffusers', 'eval', 'notebooks')
+    known = environment('diffusers', 'eval', 'features', 'notebooks')
     known |= {'triton', 'docutils', 'comfy', 'folder_paths'}
     unknown = {f.name: imported(f) - known for f in FILES if not imported(f) <= known}
     assert not unknown

@@ -19,7 +19,7 @@ import pandas as pd
 from neuralsolver.figure_style import solver_kind, solver_title
 from neuralsolver.neural import list_solvers
 from neuralsolver.reported import REPORTED_MODELS, REPORTED_SOLVERS
-from neuralsolver.tables import mean_sd
+from neuralsolver.tables import REFERENCES, mean_sd
 from neuralsolver.utils import data_file
 
 # %% ../../nbs/tools/15_side_by_side.ipynb #ee2b67e9
@@ -42,7 +42,7 @@ def reported_rows(
 COLUMNS = ['model', 'metric', 'solver', 'steps', 'paper', 'ours', 'ours_sd', 'error', 'error_sd']
 METRICS = {  # of the paper: columns of an evaluation
     'FID': ('reported_fid', 'fd'),
-    'sFID': ('reported_sfid', None),
+    'sFID': ('reported_sfid', 'sfd'),
     'IS': ('reported_is', 'is'),
     'Precision': ('reported_precision', 'precision'),
     'Recall': ('reported_recall', 'recall'),
@@ -63,7 +63,7 @@ def evaluation_pairs(
 ) -> pd.DataFrame:  # a frame of pairs
     "The rows of an evaluation."
     table = pd.read_csv(file)
-    table = table[~table['solver'].isin(['teacher', 'real'])]
+    table = table[~table['solver'].isin(REFERENCES)]
     frames = []
     for metric in metrics:
         paper, ours = METRICS[metric]

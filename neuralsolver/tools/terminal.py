@@ -69,7 +69,7 @@ def _print_files(named: list[tuple[str, Path]]):
 # %% ../../nbs/tools/11_terminal.ipynb #6331434c
 def _contest(table, evaluations: int) -> tuple:
     "Rows with so many evaluations: the best classical rule (None: none), the searched tables."
-    rows = table[(table.nfe == evaluations) & ~table.solver.isin(['teacher', 'real'])]
+    rows = table[(table.nfe == evaluations) & (table.solver != 'teacher')]
     rows = rows.dropna(subset='mean_error').sort_values('mean_error')
     classical, searched = rows[rows.params == 0], rows[rows.params > 0]
     return (classical.iloc[0] if len(classical) else None), searched
@@ -92,7 +92,7 @@ def comparison(
 
     classical, searched = _contest(table, evaluations)
     if classical is None or not len(searched):
-        rows = table[table.solver != 'real']
+        rows = table[table.nfe.notna()]
         text = f'Mean error to the teacher, with {evaluations} evaluations.'
     else:
         names = [classical.solver, *searched.solver, 'teacher']
@@ -118,7 +118,7 @@ def comparisons(
 ) -> tuple:  # a short table, a sentence
     "What a table of several numbers of steps says."
     shown, wins = [], 0
-    for n in sorted(set(table.nfe[~table.solver.isin(['teacher', 'real'])].dropna())):
+    for n in sorted(set(table.nfe[table.solver != 'teacher'].dropna())):
         classical, searched = _contest(table, n)
         row = dict(evaluations=int(n))
         if classical is not None:
