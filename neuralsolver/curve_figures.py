@@ -49,7 +49,7 @@ def _headline_panel(
     ax.grid(axis='y')
     plain_log_axis(ax, 'y')
 
-
+# %% ../nbs/4_measure/16_curve_figures.ipynb #3867b9be
 def headline(
     csv: str | os.PathLike,  # sweep.csv; sweep.json next to it
     guidance: float = 2,  # which of its scales
@@ -95,7 +95,7 @@ def has_values(
     "Is there a value in this column?"
     return column in rows and rows[column].notna().any()
 
-
+# %% ../nbs/4_measure/16_curve_figures.ipynb #503df82d
 def best_grids(
     rows: pd.DataFrame,  # solvers of a curve
     column: str,  # by which a grid is chosen; the lower the better
@@ -105,7 +105,7 @@ def best_grids(
     rules = [solver.partition('@')[0] for solver in means.index]
     return rows[rows.solver.isin(means.groupby(rules, sort=False).idxmin())]
 
-
+# %% ../nbs/4_measure/16_curve_figures.ipynb #be695507
 def curve_panel(
     ax,  # matplotlib axes
     rows: pd.DataFrame,  # of a curve, solvers only
@@ -139,7 +139,7 @@ def _distance_panel(
     reference_line(ax, 'teacher', 0)
     ax.set(title='measured, paired', ylabel=label)
 
-
+# %% ../nbs/4_measure/16_curve_figures.ipynb #0b96a1fd
 def _error_panel(
     ax,  # matplotlib axes
     rows: pd.DataFrame,  # solvers of a curve
@@ -160,7 +160,7 @@ def _reported_panel(
     reference_line(ax, 'teacher', teacher, label='Euler, 50 steps')
     ax.set(title='reported by the paper', ylabel='FID')
 
-
+# %% ../nbs/4_measure/16_curve_figures.ipynb #02d47487
 def _name_lines(
     fig,  # of `curves`
 ):
@@ -176,7 +176,7 @@ def _name_lines(
     for ax in fig.axes:
         name_line_ends(ax)
 
-
+# %% ../nbs/4_measure/16_curve_figures.ipynb #537fdfb5
 def curves(
     stem: str | os.PathLike,  # of the files written by `curves.write_curve`
 ):
@@ -207,7 +207,7 @@ METRICS = {
     'kid': 'KID',
 }
 
-
+# %% ../nbs/4_measure/16_curve_figures.ipynb #a8438577
 def _columns(
     rows: pd.DataFrame,  # solvers of a curve
 ) -> list[list[str]]:  # columns of every line of panels
@@ -218,7 +218,7 @@ def _columns(
     lines = [sorted(line, key=lambda m: m not in both) for line in (measured, reported)]
     return [lines[0], [f'reported_{m}' for m in lines[1]]][: 1 + bool(reported)]
 
-
+# %% ../nbs/4_measure/16_curve_figures.ipynb #8ab4f7d5
 def _metric_panel(
     ax,  # matplotlib axes
     rows: pd.DataFrame,  # solvers of a curve

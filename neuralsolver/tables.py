@@ -68,7 +68,7 @@ def mean_sd_cells(
     pairs = zip(table[metric], table[f'{metric}_sd'])
     return [mean_sd(mean, sd, DIGITS[metric]) for mean, sd in pairs]
 
-
+# %% ../nbs/4_measure/11_tables.ipynb #d79bb49e
 def _error_cell(row) -> str:
     "`0.0123 (0.0098)`."
     return f'{row.mean_error:.4f} ({row.median_error:.4f})'
@@ -91,7 +91,7 @@ def _rmse_cell(row) -> str:
 
 _CELLS = {'error': _error_cell, 'strays': _strays_cell, 'ratio': _ratio_cell, 'rmse': _rmse_cell}
 
-
+# %% ../nbs/4_measure/11_tables.ipynb #a76c053a
 def cells_of(
     table: pd.DataFrame,  # of an evaluation
     metric: str,  # a key of TITLES

@@ -72,7 +72,7 @@ class Verdict:
     def counts(self) -> str:
         return f'better in {self.better}, worse in {self.worse} of {self.cases}'
 
-
+# %% ../../nbs/tools/12_answers.ipynb #df84cec5
 def judge(
     rows: pd.DataFrame,  # of `read_sweep`
     kind: str,  # searched or published
@@ -98,7 +98,7 @@ def without_search(rows: pd.DataFrame) -> tuple[str, str]:  # what to take, how 
     said = f'1; the published `{name}` has {published.ratio} ({published.counts} N)'
     return f'`{most_frequent(rows.best_classical)}`', said
 
-
+# %% ../../nbs/tools/12_answers.ipynb #9475a653
 def decision_table(
     sweep: pd.DataFrame,  # of `read_sweep`
 ) -> pd.DataFrame:  # texts
@@ -134,6 +134,11 @@ def steps_table(
         table.append(row)
     return pd.DataFrame(table)
 
+# %% ../../nbs/tools/12_answers.ipynb #2c8e431c
+def show(frame: pd.DataFrame) -> Markdown:
+    "A table of a page."
+    return Markdown(markdown(frame))
+
 # %% ../../nbs/tools/12_answers.ipynb #7f7ad56a
 def answer(
     rows: pd.DataFrame,  # of `read_sweep`
@@ -145,8 +150,3 @@ def answer(
     word = v.word.capitalize() if subject.endswith('?') else v.word
     said = f'The mean error is {v.ratio} times that of the best classical rule'
     return f'* **{subject} {word}.** {said} ({v.counts} cases).'
-
-
-def show(frame: pd.DataFrame) -> Markdown:
-    "A table of a page."
-    return Markdown(markdown(frame))

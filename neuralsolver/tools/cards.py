@@ -73,7 +73,7 @@ BOARD = JINJA.from_string("""\
 </div>
 """)
 
-
+# %% ../../nbs/tools/16_cards.ipynb #1557a9e5
 def _number(value) -> str:
     return '' if pd.isna(value) or value == '' else f'{float(value):.3g}'
 
@@ -133,6 +133,10 @@ nav { position: sticky; top: 0; z-index: 2; background: var(--back); padding: .5
         font-size: .93em }
 .list li { break-inside: avoid; padding: 1px 0 1px 1.1em; text-indent: -1.1em }
 .list li::before { content: '\\25cf'; color: var(--c, #888); margin-right: .4em }
+"""
+
+# %% ../../nbs/tools/16_cards.ipynb #c7f368cb
+PAGE_STYLE += """\
 .cards { columns: 3 24rem; column-gap: 1rem }
 .card { break-inside: avoid; background: var(--card); border: 1px solid var(--line);
         border-top: 4px solid var(--c, #888); border-radius: 8px; padding: .7rem .8rem;
@@ -171,6 +175,10 @@ CARD = """\
 {% endfor %}
 </tbody></table></div>
 {% endmacro %}
+"""
+
+# %% ../../nbs/tools/16_cards.ipynb #8da10a76
+CARD += """\
 {% macro card(i) %}
 <article class="card {{ i.slug }}" id="{{ i.item }}">
 <h3><a class="up soft" href="#list" title="back to the list">&uarr; list</a>{{ i.title }}
@@ -181,6 +189,10 @@ CARD = """\
 alt="{{ caption }}"></a>
 {% if facts %}<p class="soft">{{ facts }}</p>{% endif %}
 {% endif %}
+"""
+
+# %% ../../nbs/tools/16_cards.ipynb #87312cdc
+CARD += """\
 <p><b>{{ i.verdict }}</b></p>
 {% if i.tables and i.tables[0].rows %}{{ table(i.tables[0]) }}{% endif %}
 {{ i.board|safe }}
@@ -233,6 +245,10 @@ numbers, 1 is the best. Our error: distance to the teacher's end points.</p>
 <span class="pill {{ status|replace(' ', '-') }}">{{ n }} {{ status }}</span>
 {% endfor %}
 </div>
+"""
+
+# %% ../../nbs/tools/16_cards.ipynb #238fd111
+HTML += """\
 <ul class="list" id="list">
 {% for i in items %}
 <li class="{{ i.slug }}"><a href="#{{ i.item }}">{{ i.title }}</a></li>

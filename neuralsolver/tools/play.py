@@ -47,7 +47,7 @@ class Problem:
     teacher: ns.Teacher
     pool: ns.Teacher
 
-
+# %% ../../nbs/tools/13_play.ipynb #a93347ee
 @cache
 def problem(
     name: str,  # one of FIELDS
@@ -92,7 +92,7 @@ def start_names(steps: int) -> tuple[str, ...]:
             names.append(name)
     return (*names, 'searched')
 
-
+# %% ../../nbs/tools/13_play.ipynb #ee665859
 @cache
 def start_solver(
     name: str,  # one of `start_names`
@@ -115,7 +115,7 @@ class Look:
     states: torch.Tensor  # [N + 1, B, D]
     error: torch.Tensor  # [N + 1], RMSE to the teacher at the same time
 
-
+# %% ../../nbs/tools/13_play.ipynb #997dd8a1
 def look(p: Problem, solver: ns.Solver) -> Look:
     "States and errors of a solver on the shown samples."
     states = ns.sample(p.field, p.teacher.noise, solver, trajectory=True)
@@ -128,7 +128,7 @@ def loss_of(p: Problem, solver: ns.Solver) -> torch.Tensor:
     states = ns.sample(p.field, p.pool.noise, solver, trajectory=True)
     return aligned_loss(states, p.pool.at(solver.nodes[1:]), 0.3)
 
-
+# %% ../../nbs/tools/13_play.ipynb #6000c9e6
 def gradient_step(p: Problem, solver: ns.Solver, length: float = 0.1):  # solver, loss before, after
     "One step of steepest descent in r and c; the same solver if no step makes the loss fall."
     module = ns.NeuralSolver(solver.nfe, False, init=solver)
@@ -147,7 +147,7 @@ def gradient_step(p: Problem, solver: ns.Solver, length: float = 0.1):  # solver
                 return moved, loss.item(), after.item()
     return solver, loss.item(), loss.item()
 
-
+# %% ../../nbs/tools/13_play.ipynb #1cba238a
 def search_from(p: Problem, solver: ns.Solver) -> ns.Solver:
     "A short search from a solver."
     return search_on(p, solver.nfe, init=solver, iterations=60)
@@ -167,7 +167,7 @@ def add_table(ax, M: np.ndarray) -> list:  # image, numbers
     ax.spines[:].set_visible(False)
     return [picture, *numbers]
 
-
+# %% ../../nbs/tools/13_play.ipynb #fbde4177
 def move_table(artists: list, M: np.ndarray):
     "Other numbers."
     limit = max(1.5, np.abs(M).max())
@@ -194,7 +194,7 @@ def add_paths(ax, teacher: ns.Teacher) -> list:  # ends, trajectories
     ax.set_title('trajectories')
     return [ends, *(ax.plot([], [], '.-', **style)[0] for _ in range(SHOWN))]
 
-
+# %% ../../nbs/tools/13_play.ipynb #8796e5a1
 def move_paths(artists: list, now: Look):
     "Other states."
     flat = now.states.shape[2] == 1
@@ -220,7 +220,7 @@ def add_errors(ax, fixed: dict[str, Look], name: str) -> list:  # curve, nodes, 
     legend = dict(loc='upper left', fontsize=7, title='at the end', title_fontsize=7)
     return [curve, nodes, ax.legend(**legend)]
 
-
+# %% ../../nbs/tools/13_play.ipynb #133bcba8
 def move_errors(artists: list, now: Look, name: str):
     "Other errors."
     curve, nodes, legend = artists
@@ -280,7 +280,7 @@ PRESETS = {  # name on the page: solver
     'searched here': 'searched',
 }
 
-
+# %% ../../nbs/tools/13_play.ipynb #68e03e48
 def page_data(
     presets: dict[str, str] = PRESETS,  # 'searched' takes some seconds for each N
 ) -> dict:
@@ -296,7 +296,7 @@ def page_data(
     noise = p.teacher.noise.tolist()
     return dict(centres=CENTERS['ring'].tolist(), std=STD['ring'], noise=noise, starts=starts)
 
-
+# %% ../../nbs/tools/13_play.ipynb #2e8aadda
 def write_page_data():
     "Make nbs/tools/site/play.json; needed only when a solver or a field changes."
     write_json(repository_root() / 'nbs/tools/site/play.json', page_data())

@@ -50,13 +50,13 @@ METRICS = {  # of the paper: columns of an evaluation
 LOWER = ('FID', 'sFID', 'MSE')  # the smaller the better; of all others the larger
 MAIN = ('FID', 'MSE', 'Overall')  # shown first
 
-
+# %% ../../nbs/tools/15_side_by_side.ipynb #2091c2ae
 def _error_columns(table: pd.DataFrame) -> list[str]:
     "The error to the teacher: the mean over samples where it is known, else the RMSE."
     name = 'mean_error' if 'mean_error' in table else 'rmse'
     return [name, f'{name}_sd']
 
-
+# %% ../../nbs/tools/15_side_by_side.ipynb #02b20bb6
 def evaluation_pairs(
     file: Path,  # eval_*.csv or curves_*.csv
     metrics: list[str],  # keys of METRICS
@@ -94,7 +94,7 @@ def _next_to(
     measured = measured.assign(steps=measured['steps'].map('{:g}'.format))
     return paper.merge(measured, 'left', ['solver', 'steps']).reindex(columns=COLUMNS)
 
-
+# %% ../../nbs/tools/15_side_by_side.ipynb #3bf07035
 def reported_pairs(selector: str) -> pd.DataFrame:
     "Numbers of the paper without one of ours."
     pairs = reported_rows(selector).rename(columns=dict(value='paper')).reindex(columns=COLUMNS)
@@ -119,7 +119,7 @@ def _teacher_steps(reports: Path) -> pd.DataFrame:
     renamed = dict(fd='ours', fd_sd='ours_sd', rmse='error', rmse_sd='error_sd')
     return _next_to('figure 3b', {}, table.rename(columns=renamed).assign(solver=solver, steps=8))
 
-
+# %% ../../nbs/tools/15_side_by_side.ipynb #75222a72
 def _reconstruction(reports: Path) -> pd.DataFrame:
     "The figure of the code: mean squared error to the teacher."
     table = pd.read_csv(reports / 'curves_sit-tiny.csv')
@@ -141,7 +141,7 @@ def _evaluations(outputs: tuple[str, ...], reports: Path) -> list[Path]:
     files = [reports / o for o in outputs if o.endswith('.csv')]
     return [f for f in files if f.name.startswith(('eval_', 'curves_')) and f.is_file()]
 
-
+# %% ../../nbs/tools/15_side_by_side.ipynb #46590609
 def pairs_of(
     item: dict,  # a row of the manifest
     outputs: tuple[str, ...],  # files of its run, below `reports`
@@ -177,7 +177,7 @@ def ranked(pairs: pd.DataFrame) -> pd.DataFrame:  # with columns paper_rank, our
         pairs[f'{name}_rank'] = values.groupby(keys).rank(method='min')
     return pairs
 
-
+# %% ../../nbs/tools/15_side_by_side.ipynb #d716b00a
 def same_order(pairs: pd.DataFrame) -> tuple[int, int]:  # pairs in the paper's order, all pairs
     "How many pairs of solvers are in the paper's order here too; ties are left out."
     found = []
@@ -196,7 +196,7 @@ class Shown:
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
 
-
+# %% ../../nbs/tools/15_side_by_side.ipynb #0814b9ac
 def _name(solver: str) -> str:
     "What the page calls a solver, and where its numbers come from."
     if solver in list_solvers():
@@ -204,7 +204,7 @@ def _name(solver: str) -> str:
         return f'{solver_title(solver)}, {kind}'
     return solver_title(solver) if solver_kind(solver) == 'classical' else solver
 
-
+# %% ../../nbs/tools/15_side_by_side.ipynb #e17d70a0
 def _number(value: float, sd: float = math.nan) -> str:
     "A number with as many digits as its size asks for."
     if pd.isna(value):
@@ -229,14 +229,14 @@ def _table(caption: str, part: pd.DataFrame, with_steps: bool) -> Shown:
         columns.insert(1, 'steps')
     return Shown(caption, tuple(columns), rows)
 
-
+# %% ../../nbs/tools/15_side_by_side.ipynb #49cb51e7
 def _first(key: tuple) -> tuple:
     "Order of the tables: the main metric, 8 steps, then by size."
     model, metric, steps = key
     size = int(steps) if steps.isdigit() else 99
     return metric not in MAIN, metric != 'IS', steps != '8', size, model
 
-
+# %% ../../nbs/tools/15_side_by_side.ipynb #66303c8f
 def tables_of(
     pairs: pd.DataFrame,  # a frame of pairs
 ) -> list[Shown]:  # the one to show first comes first

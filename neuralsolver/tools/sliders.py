@@ -62,7 +62,7 @@ def label(width: str, text: str = '', left: str = '4px') -> widgets.HTML:
     layout = widgets.Layout(width=width, margin=f'0 0 0 {left}', flex='0 0 auto')
     return widgets.HTML(text, layout=layout)
 
-
+# %% ../../nbs/tools/14_sliders.ipynb #e64025a2
 def heading(N: int) -> widgets.HBox:
     "The first line of the grid, with the style that leaves room for the sliders."
     width = '{min-width: 40px; width: 40px; margin: 0}'
@@ -71,7 +71,7 @@ def heading(N: int) -> widgets.HBox:
     wide = [label('200px', text) for text in ('time delta', *columns)]
     return widgets.HBox([label('100px', f'{style}nodes'), *wide])
 
-
+# %% ../../nbs/tools/14_sliders.ipynb #1c5a50de
 def slider(numbers: torch.Tensor, key, low: float, high: float, moved) -> widgets.FloatSlider:
     "A slider for numbers[key]; calls `moved` when it is moved."
     layout = widgets.Layout(width='204px', margin='0', flex='0 0 auto')
