@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST_TABLE', 'ZERO_SNR', 'BETA_SCHEDULES', 'NOISE_LEFT', 'TablePath', 'table_path', 'EDMPath', 'move_nodes',
-           'keep_times', 'Form', 'FlowForm', 'CosmosForm', 'EDMForm', 'from_node', 'RunNumbers']
+           'keep_times', 'Form', 'FlowForm', 'CosmosForm', 'EDMForm']
 
 # %% ../nbs/5_diffusers/13_forms.ipynb #28287ce5
 import math
@@ -100,7 +100,7 @@ def table_path(
     if config['rescale_betas_zero_snr']:  # arXiv 2305.08891
         first, last = alphas[0].item(), alphas[-1].item()
         alphas = (alphas - last) * (first / (first - last))
-        alphas[-1] = ZERO_SNR
+        alphas[-1] = min(ZERO_SNR, alphas[-2].item() / 2)  # it falls also for linear betas
     return TablePath(log_alphas=(0.0, *alphas.log().tolist()))
 
 # %% ../nbs/5_diffusers/13_forms.ipynb #2441636d
@@ -322,69 +322,3 @@ class EDMForm(_Unbounded):
         size = torch.hypot(level, torch.as_tensor(self.unit, dtype=level.dtype))
         sign = {'epsilon': 1, 'v_prediction': -1}[kind]
         return (self.unit / size) ** 2 * x + sign * level * self.unit / size * output
-
-# %% ../nbs/5_diffusers/13_forms.ipynb #9554f5c7
-def from_node(solver: Solver, begin: int) -> Solver:
-    "The rest of a solver; its first prediction stands for all that are missing."
-    weights = solver.weights[begin:, begin:].clone()
-    # cumsum adds from left to right; sum would not, and differ in the last bit
-    weights[:, 0] = solver.weights[begin:, : begin + 1].cumsum(1)[:, -1]
-    gains = None if solver.gains is None else solver.gains[begin:]
-    nodes = solver.nodes[begin:]
-    return replace(solver, nodes=nodes, weights=weights, gains=gains, steps=len(weights))
-
-
-def _probed(linear) -> tuple[float, float]:
-    "The factors (p, r) of a function p x + r m of two numbers."
-    zero, one = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    return linear(one, zero).item(), linear(zero, one).item()
-
-# %% ../nbs/5_diffusers/13_forms.ipynb #0ad947d7
-class RunNumbers:
-    "The numbers of a run as Python floats."
-
-    def __init__(self, solver: Solver, form: Form, prediction_type: str):
-        self.solver = solver
-        self.form = form
-        self.prediction_type = prediction_type
-        scale = form.state_scale(solver.nodes)
-        self.scale = scale.tolist()
-        self.gains = (solver.gain * scale[:-1] / scale[1:]).tolist()
-        self.spans = (solver.span / scale[1:]).tolist()
-        self.factors = self._factors(solver.coordinates)
-        self._rows = {}
-
-    def _factors(self, target: str) -> list[tuple[float, float]]:
-        "(p, r) of every evaluation: what is wanted is p x + r m."
-        form, kind = self.form, self.prediction_type
-        return [
-            _probed(lambda x, m: form.convert(x, t, c, m, kind, target))
-            for t, c in zip(self.solver.nodes[:-1], self.scale)
-        ]
-
-    @cached_property
-    def data(self) -> list[tuple[float, float]]:
-        "(p, r) of the data in the pipeline's units."
-        unit = self.form.unit
-        return [(unit * p, unit * r) for p, r in self._factors('data')]
-
-    @cached_property
-    def from_data(self) -> list[tuple[float, float]]:
-        "(p, r) of the prediction, from state and data in the pipeline's units."
-        convert, target = self.solver.path.convert, self.solver.coordinates
-        unit = self.form.unit
-        return [
-            _probed(lambda x, data: convert(c * x, t, data / unit, 'data', target))
-            for t, c in zip(self.solver.nodes[:-1], self.scale)
-        ]
-
-    def rows(self, begin: int) -> list[tuple[dict[int, float], list[int]]]:
-        "For every step from `begin` on: weights by evaluation, and evaluations not needed later."
-        if begin not in self._rows:
-            rest = from_node(self.solver, begin)
-            plan, weights = rest.plan(), rest.weights.tolist()
-            unit = self.scale[begin + 1 :]
-            weights = [{j: w[j] / c for j in row} for row, w, c in zip(plan.rows, weights, unit)]
-            done = [[j for j, last in plan.last_use.items() if last == k] for k in range(rest.nfe)]
-            self._rows[begin] = list(zip(weights, done))
-        return self._rows[begin]

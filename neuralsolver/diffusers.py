@@ -16,7 +16,7 @@ from torch import Tensor
 from ._pipeline_field import DiffusersField, pipeline_field
 from ._conventions import PREDICTION_TYPES
 from ._forms import BETA_SCHEDULES, CosmosForm, EDMForm, EDMPath, FlowForm, Form
-from ._forms import keep_times, move_nodes, table_path
+from ._forms import keep_times, LARGEST_TABLE, move_nodes, table_path
 from ._scheduler import NeuralSolverScheduler
 from .neural import get_solver
 from .paths import DDPMPath, LinearPath, ShiftedPath, VPPath
@@ -91,7 +91,7 @@ def _check(self: FlowNeuralSolverScheduler):
             f'prediction_type={config.prediction_type!r} is not allowed: this scheduler is for '
             'flow_prediction. Use VPNeuralSolverScheduler.'
         )
-    check_int('num_train_timesteps', config.num_train_timesteps)
+    check_int('num_train_timesteps', config.num_train_timesteps, 1, LARGEST_TABLE)
     for key in ('compose_shift', 'use_dynamic_shifting', 'invert_sigmas'):
         check_choice(key, config[key], (False, True))
     check_choice('time_shift_type', config.time_shift_type, ('exponential', 'linear'))
@@ -124,7 +124,10 @@ def _shift(self: FlowNeuralSolverScheduler, mu: float | None) -> float:
             'mu=None is not allowed: compose_shift with use_dynamic_shifting needs the mu '
             'that pipelines pass to set_timesteps.'
         )
-    return math.exp(mu) if self.config.time_shift_type == 'exponential' else float(mu)
+    mu = mu.item() if isinstance(mu, Tensor) else mu
+    if self.config.time_shift_type == 'exponential':
+        return math.exp(check_float('mu', mu, -20, 20))
+    return check_float('mu', mu, 1e-6)
 
 
 @patch
@@ -231,11 +234,21 @@ class VPNeuralSolverScheduler(NeuralSolverScheduler):
         integer_timesteps: bool = False,  # whole timesteps, for pipelines that index with them
     ):
         if trained_betas is not None:  # arrays too; JSON has lists
-            betas = torch.as_tensor(trained_betas, dtype=torch.float64).tolist()
-            self.register_to_config(trained_betas=betas)
+            self.register_to_config(trained_betas=_plain(trained_betas))
         self._check()
         self._form = self._make_form()
         self._prepare()
+
+
+def _plain(betas) -> list[float]:
+    "Betas as they are kept in a config."
+    try:
+        values = torch.as_tensor(betas, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        values = torch.zeros(0, 0)
+    if values.ndim != 1:
+        raise ValueError('trained_betas must be a list of numbers between 0 and 1.')
+    return values.tolist()
 
 # %% ../nbs/5_diffusers/01_diffusers.ipynb #5c0b11e7
 @patch

@@ -9,7 +9,6 @@ __all__ = ['log', 'LARGEST_FILE', 'MOST_EVALUATIONS', 'LARGEST_NUMBER', 'LARGEST
 # %% ../nbs/5_diffusers/12_hub.ipynb #8432c3d0
 import json
 import logging
-import math
 import re
 from pathlib import Path
 from typing import Sequence

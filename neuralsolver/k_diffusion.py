@@ -6,6 +6,7 @@
 __all__ = ['path_of_model', 'solver_on', 'neural_sigmas', 'sample_neural']
 
 # %% ../nbs/5_diffusers/10_k_diffusion.ipynb #53c56046
+import math
 import os
 from functools import lru_cache
 from typing import Callable
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from ._forms import EDMPath, Form, from_node, keep_times, move_nodes
-from ._forms import RunNumbers, TablePath
+from ._forms import EDMPath, Form, keep_times, move_nodes, TablePath
+from ._choice import LARGEST_STEPS
+from ._steps import from_node, History, RunNumbers
 from .neural import list_solvers, load_solver
 from .paths import LinearPath, NoisePath, ShiftedPath, VPPath
 from .rules import classical_solver, RULES, VELOCITY
@@ -26,13 +28,14 @@ from .utils import check_float
 # %% ../nbs/5_diffusers/10_k_diffusion.ipynb #037f7468
 def _sampling_of(model) -> object:
     "ComfyUI's `model_sampling`, or k-diffusion's wrapper with its table; None if there is none."
-    for _ in range(4):  # guiders are nested
-        if hasattr(model, 'model_sampling'):
-            return model.model_sampling
-        if isinstance(getattr(model, 'sigmas', None), Tensor):
-            return model
-        model = getattr(model, 'inner_model', None)
-    return None
+    nested = [model]
+    while len(nested) < 5 and hasattr(nested[-1], 'inner_model'):  # guiders and masks
+        nested.append(nested[-1].inner_model)
+    for part in nested:
+        if hasattr(part, 'model_sampling'):
+            return part.model_sampling
+    # ComfyUI's mask has the sigmas of the run under this name, so it comes last
+    return next((m for m in nested if isinstance(getattr(m, 'sigmas', None), Tensor)), None)
 
 
 def path_of_model(
@@ -107,16 +110,18 @@ def _part(solver: Solver, given: Tensor) -> tuple[Solver, int]:
     )
 
 
-def _resolved(solver, levels: tuple, path: NoisePath | None, shift: float) -> tuple['_Run', int]:
+def _resolved(
+    solver, levels: tuple, path: NoisePath | None, shift: float
+) -> tuple[RunNumbers, int]:
     "The numbers of a run, and how many steps it makes."
     sigmas = torch.tensor(levels, dtype=torch.float64)
     if isinstance(solver, str) and solver in RULES:
-        return _Run(_classical(solver, sigmas, path)), len(sigmas) - 1
+        return _numbers(_classical(solver, sigmas, path)), len(sigmas) - 1
     if not isinstance(solver, Solver):
         in_list = str(solver) in list_solvers()
         solver = load_solver(solver, len(sigmas) - 1 if in_list else None)
     solver, steps = _part(solver_on(solver, path, shift), sigmas)
-    return _Run(solver), steps
+    return _numbers(solver), steps
 
 
 _kept = lru_cache(maxsize=32)(_resolved)  # of names and Solvers; files may change
@@ -125,6 +130,10 @@ _kept = lru_cache(maxsize=32)(_resolved)  # of names and Solvers; files may chan
 def _classical(name: str, levels: Tensor, path: NoisePath | None) -> Solver:
     "A classical rule with its nodes at given noise levels."
     n = len(levels) - 1
+    if n > LARGEST_STEPS:
+        raise ValueError(
+            f'{n} steps are not allowed: give sigmas of {LARGEST_STEPS} steps or less.'
+        )
     if path == LinearPath() or (path is None and name in VELOCITY):
         solver = classical_solver(name, n, LinearPath(), 1 - levels)
     else:
@@ -133,6 +142,23 @@ def _classical(name: str, levels: Tensor, path: NoisePath | None) -> Solver:
     if solver.nfe != n:
         raise ValueError(f'solver={name!r} spends {solver.nfe} evaluations on {n} steps, not one.')
     return solver
+
+# %% ../nbs/5_diffusers/10_k_diffusion.ipynb #a36acf0a
+def _checked(x, sigmas, solver) -> tuple:
+    "Noise levels as numbers; ValueError for what cannot be sampled."
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 0):
+        raise ValueError('x must be a floating-point tensor [B, ...].')
+    if not isinstance(solver, (Solver, str, os.PathLike)):
+        raise ValueError(f'solver={solver!r} is not allowed: give a name, a JSON file or a Solver.')
+    if not (isinstance(sigmas, Tensor) and sigmas.ndim == 1 and len(sigmas) > 1):
+        raise ValueError('sigmas must be two noise levels or more, as neural_sigmas makes them.')
+    levels = tuple(sigmas.tolist())
+    if not all(math.inf > a > b >= 0 for a, b in zip(levels, levels[1:])):
+        raise ValueError(
+            f'sigmas from {levels[0]:g} to {levels[-1]:g} are not allowed: they must fall and end '
+            'at 0 or above.'
+        )
+    return levels
 
 # %% ../nbs/5_diffusers/10_k_diffusion.ipynb #6d79ce7c
 @torch.no_grad()
@@ -148,24 +174,25 @@ def sample_neural(
 ) -> Tensor:  # the state of the last noise level
     "A table (arXiv 2505.21114) as a sampler of k-diffusion."
     extra_args = {} if extra_args is None else extra_args
+    levels = _checked(x, sigmas, solver)
     find = _resolved if str(solver).endswith('.json') else _kept
-    run, steps = find(solver, tuple(sigmas.tolist()), path_of_model(model), shift)
-    history = {}
+    run, steps = find(solver, levels, path_of_model(model), shift)
+    history = History(run)
     ones = x.new_ones([len(x)])
     for k in trange(steps, disable=disable):
         denoised = model(x, sigmas[k] * ones, **extra_args)
+        if denoised.shape != x.shape:
+            raise ValueError(
+                f'the model returned shape {list(denoised.shape)} for a state of shape '
+                f'{list(x.shape)}: they must be equal.'
+            )
         if callback is not None:
             at = dict(x=x, i=k, sigma=sigmas[k], sigma_hat=sigmas[k], denoised=denoised)
             callback(at)
-        p, r = run.factors[k]
         state = x if x.dtype == torch.float64 else x.float()
-        history[k] = _combine(p, r, state, denoised.to(state.dtype))
-        state = state * run.gains[k]
-        for j, weight in run.rows[k].items():
-            state.add_(history[j], alpha=weight)
-        for j in run.done[k]:
-            del history[j]
-        x = state.to(x.dtype)
+        history.keep(k, state, denoised)
+        x = history.advance(k, state).to(x.dtype)
+    history.release()
     return x
 
 # %% ../nbs/5_diffusers/10_k_diffusion.ipynb #76e96aa8
@@ -178,20 +205,6 @@ class _Form(Form):
         return self.path.alpha(nodes)
 
 
-def _combine(p: float, r: float, x: Tensor, data: Tensor) -> Tensor:
-    "p x + r data, a new tensor unless it is the data."
-    if p == 0:
-        return data if r == 1 else data * r
-    return torch.add(data * r, x, alpha=p)
-
-
-class _Run:
+def _numbers(solver: Solver) -> RunNumbers:
     "A solver's numbers for a model that returns the data."
-
-    def __init__(self, solver: Solver):
-        numbers = RunNumbers(solver, _Form(solver.path), 'sample')
-        self.factors = numbers.factors
-        self.gains = numbers.gains
-        rows = numbers.rows(0)
-        self.rows = [weights for weights, _ in rows]
-        self.done = [done for _, done in rows]
+    return RunNumbers(solver, _Form(solver.path), 'sample')

@@ -21,6 +21,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from torch import nn
 
 from neuralsolver.pipelines import scheduler_for
@@ -87,10 +88,15 @@ def _channels(net, x):
     config = net.config
     own = config.get('in_channels')
     axis = -1 if x.ndim <= 3 and 'Transformer' in type(net).__name__ else min(1, x.ndim - 1)
+    if x.ndim == 6:  # pictures first
+        axis = 2
+    if re.match('Kandinsky[56]', type(net).__name__):
+        axis = -1
     if x.ndim == 5 and x.shape[1] != own and x.shape[2] == own:
         axis = 2  # frames first
     out = config.get('out_channels') or own or x.shape[axis]
-    if x.ndim == 3 and axis == -1 and x.shape[-1] % out == 0:
+    exact = config.get('exact')
+    if x.ndim == 3 and axis == -1 and not exact and x.shape[-1] % out == 0:
         out = x.shape[-1]  # packed tokens
     return axis, out if isinstance(out, int) else x.shape[axis]
 
@@ -98,13 +104,18 @@ def _channels(net, x):
 def _forward(net, *args, **kwargs):
     "A smooth function of the state with as many channels as the network has."
     given = [*args, *kwargs.values()]
+    if isinstance(given[0], list):  # Z-Image: one a sample, after its pictures if it has some
+        states = [v[-1] if isinstance(v, list) else v for v in given[0]]
+        return Out(([torch.tanh(v) for v in states],))
+    if 'vision_tokens' in kwargs:  # Cosmos 3
+        return Out(([torch.tanh(v) for v in kwargs['vision_tokens']], None, None))
     floats = (v for v in given if torch.is_tensor(v) and v.is_floating_point() and v.ndim > 1)
     x = next(floats, torch.zeros(1, 7, 32))
-    if type(net).__name__.startswith('ControlNet'):
+    if 'ControlNet' in type(net).__name__:
         return Out(([torch.zeros(1)], torch.zeros(1)))
     if 'Adapter' in type(net).__name__:
         return [torch.zeros(1)]
-    if type(net).__name__ == 'PriorTransformer' and x.ndim == 3:  # Shap-E drops a variance
+    if net.config.get('doubled'):  # Shap-E drops a variance
         return Out((torch.cat([torch.tanh(x), x], -1),))
     axis, channels = _channels(net, x)
     out = torch.tanh(x)
@@ -112,7 +123,25 @@ def _forward(net, *args, **kwargs):
         out = torch.cat([out, 0.5 * out], axis)
     out = out.narrow(axis, 0, channels)
     audio = kwargs.get('audio_hidden_states')
+    if 'kv_cache_mode' in kwargs:
+        return Out((out[:, kwargs.get('num_ref_tokens') or 0 :], None))
     return Out((out,) if audio is None else (out, torch.tanh(audio)))
+
+
+BORROWED = (  # by controlnets of Z-Image
+    't_embedder all_x_embedder cap_embedder rope_embedder noise_refiner context_refiner '
+    'x_pad_token cap_pad_token'
+).split()
+
+
+class Rope(nn.Module):
+    "Positions, which no stand-in reads."
+
+    def prepare_video_coords(self, *args, **kwargs):
+        return torch.zeros(1, 3, 1, 2)
+
+    def prepare_audio_coords(self, *args, **kwargs):
+        return torch.zeros(1, 1, 1, 2)
 
 
 def _factor(vae, name, default):
@@ -137,11 +166,11 @@ def _encode(vae, x, *args, **kwargs):
     latent = SimpleNamespace(
         sample=lambda *a, **k: latents, mode=lambda *a, **k: latents, mean=latents, latents=latents
     )
-    return Encoded(latent_dist=latent, latents=latents)
+    return Encoded(latent_dist=latent, latents=latents, latent=latents)
 
 
 def _decode(vae, z, *args, **kwargs):
-    return Out((torch.tanh(z),))
+    return Out((torch.tanh(z[:, :3] if z.ndim == 4 else z),))
 
 
 FILLED = dict(  # instead of None
@@ -150,6 +179,9 @@ FILLED = dict(  # instead of None
     sample_size=SIZE // 8,
     addition_time_embed_dim=256,
     in_channels=4,
+    patch_size=2,
+    sample_height=SIZE // 8,
+    sample_width=SIZE // 8,
 )
 
 
@@ -176,13 +208,59 @@ def network(cls, **changed):
     ConfigMixin.register_to_config(net, **config)
     net.transformer_blocks = net.single_transformer_blocks = nn.ModuleList()
     net.bn = nn.BatchNorm2d(128)
-    net._cached_conv_counts = {}
+    net._cached_conv_counts = dict(encoder=0, decoder=0)
+    net.rope = net.audio_rope = Rope()
+    net.max_seq = 128
+    for name in BORROWED:
+        setattr(net, name, 128)
+    net.silence_latent = torch.zeros(1, 4000, 64)
     net.clip_mean, net.clip_std = torch.zeros(1), torch.ones(1)
     if 'latents_mean' not in config:
         channels = config.get('latent_channels', 1)
         net.latents_mean, net.latents_std = torch.zeros(channels), torch.ones(channels)
     _simple_attributes(net, cls, config)
     return net
+
+
+class Embedded(Out):
+    "What an encoder returns; embeddings of a whole text or image are vectors."
+
+    def __getattr__(self, name):
+        if name in ('image_embeds', 'text_embeds', 'pooler_output'):
+            return torch.zeros(1, 32)
+        return super().__getattr__(name)
+
+    def __getitem__(self, key):
+        return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
+
+
+class Tokens(dict):
+    "What a tokenizer returns."
+
+    input_ids = torch.ones(1, 16, dtype=torch.long)
+    attention_mask = torch.ones(1, 16, dtype=torch.long)
+
+    def __getitem__(self, key):
+        return getattr(self, key)
+
+    def to(self, *args, **kwargs):
+        return self
+
+
+class Tokenizer:
+    "Something that makes tokens of texts."
+
+    model_max_length = 16
+    size = {'height': 32, 'width': 32}
+    pad_token_id = eos_token_id = 0
+
+    def __call__(self, *args, **kwargs):
+        return Tokens()
+
+    def __getattr__(self, name):
+        if name.startswith('__'):
+            raise AttributeError(name)
+        return MagicMock()
 
 
 class Encoder(nn.Module):
@@ -202,7 +280,11 @@ class Encoder(nn.Module):
         return MagicMock()
 
     def forward(self, *args, **kwargs):
-        return Out((torch.zeros(1, 7, 32), torch.zeros(1, 7, 32), torch.ones(1, 7)))
+        if args and torch.is_tensor(args[0]) and args[0].is_floating_point() and args[0].ndim == 1:
+            return torch.zeros(len(args[0]), 32)  # a duration
+        batch = len(args[0]) if args and torch.is_tensor(args[0]) else 1
+        embeds = torch.zeros(batch, 7, 32)
+        return Embedded((embeds, embeds, torch.ones(batch, 7)))
 
     def get_image_features(self, *args, **kwargs):
         return torch.zeros(1, 32)
@@ -234,8 +316,9 @@ PLAIN = {
     'MochiPipeline': dict(invert_sigmas=True),
     'LongCatAudioDiTPipeline': dict(invert_sigmas=True),
     'IFPipeline': dict(thresholding=True, variance_type='learned_range'),
-    'PixArtAlphaPipeline': {},
-    'PixArtSigmaPipeline': {},
+    'HeliosPipeline': dict(stages=1),
+    'Cosmos2TextToImagePipeline': dict(use_karras_sigmas=True),
+    'Cosmos2VideoToWorldPipeline': dict(use_karras_sigmas=True),
 }
 
 
@@ -244,7 +327,8 @@ LEARNED = {  # networks that return a variance too, or take more than the state
     'StableDiffusionInstructPix2Pix': dict(in_channels=8),
     'StableDiffusionXLInstructPix2Pix': dict(in_channels=8),
     'StableDiffusionUpscale': dict(in_channels=7),
-    'StableDiffusionLatentUpscale': dict(in_channels=8),
+    'StableDiffusionLatentUpscale': dict(in_channels=8, out_channels=5),
+    'LDMSuperResolution': dict(in_channels=6, out_channels=3),
     'StableDiffusionDepth2Img': dict(in_channels=5),
     'StableVideoDiffusion': dict(in_channels=8),
     'Marigold': dict(in_channels=8),
@@ -260,26 +344,73 @@ LEARNED = {  # networks that return a variance too, or take more than the state
 }
 
 
+TRANSFORMERS = {  # as above, for transformers
+    'BriaFiboEdit': dict(in_channels=16),
+    'ChromaInpaint': dict(guidance_embeds=False),
+    'CogView4Control': dict(in_channels=32, out_channels=16),
+    'Cosmos2VideoToWorld': dict(in_channels=17, out_channels=16),
+    'Cosmos2_5': dict(in_channels=17, out_channels=16),
+    'CosmosVideoToWorld': dict(in_channels=17, out_channels=16),
+    'EasyAnimate': dict(in_channels=16, out_channels=16),
+    'ErnieImage': dict(text_in_dim=32),
+    'FluxControlNet': {},
+    'FluxControl': dict(in_channels=128, out_channels=64, exact=True),
+    'FluxFill': dict(in_channels=384, out_channels=64, exact=True),
+    'CogVideoXFunControl': dict(in_channels=32, out_channels=16),
+    'CogVideoXImageToVideo': dict(in_channels=32, out_channels=16),
+    'HunyuanDiT': dict(in_channels=4, out_channels=8),
+    'HunyuanImageRefiner': dict(in_channels=128, out_channels=64),
+    'HunyuanSkyreelsImage': dict(in_channels=32, out_channels=16),
+    'JoyImageEdit': dict(in_channels=16, out_channels=16),
+    'Kandinsky6': dict(in_visual_dim=16, out_visual_dim=16, out_channels=16),
+    'Kandinsky5': dict(in_visual_dim=16, out_visual_dim=16, out_channels=16),
+    'HunyuanVideoImageToVideo': dict(image_condition_type='latent_concat'),
+    'Latte': dict(in_channels=4, out_channels=8),
+    'LTX2DFR': dict(use_keyframes_abs_pos_embedding=True),
+}
+
+
+PRIORS = {
+    'Kandinsky': dict(embedding_dim=32),
+    'ShapE': dict(doubled=True),
+    'StableCascade': dict(clip_image_in_channels=32),
+    'StableUnCLIP': dict(embedding_dim=32),
+}
+DECODERS = {'StableCascade': dict(in_channels=4, out_channels=4)}
+
+
+def _changed(table, cls):
+    "The entry for a pipeline."
+    return next((v for k, v in table.items() if cls.__name__.startswith(k)), {})
+
+
 def component(name, parameter, cls):
     "A part of a pipeline."
     annotation = parameter.annotation
     text = annotation if isinstance(annotation, str) else str(annotation)
     text = getattr(annotation, '__name__', text) if inspect.isclass(annotation) else text
     if 'scheduler' in name:
-        own = scheduler(text)
+        own = scheduler('SCMScheduler' if cls.__name__.startswith('SanaSprint') else text)
         extra = PLAIN.get(cls.__name__)
         return type(own).from_config(own.config, **extra) if extra else own
     found = [getattr(diffusers, n, None) for n in re.findall(r'\w+', text)]
     nets = [c for c in found if inspect.isclass(c) and issubclass(c, nn.Module)]
     # else a real one is made from the other; the other for the second
-    nets.sort(key=lambda c: ('Motion' not in c.__name__, c.__name__ == 'AutoencoderDC'))
+    nets.sort(
+        key=lambda c: (
+            'Motion' not in c.__name__,
+            c.__name__ == 'AutoencoderDC',
+            'LTX2Video' in c.__name__,
+        )
+    )
     if 'CosmosSafetyChecker' in text:
         return MagicMock(check_video_safety=lambda video: video)
     if parameter.default is not inspect.Parameter.empty and not (nets and name == 'transformer'):
         return parameter.default
     if nets:
-        learned = next((v for k, v in LEARNED.items() if cls.__name__.startswith(k)), {})
-        changed = learned if name == 'unet' else {}
+        tables = dict(unet=LEARNED, transformer=TRANSFORMERS, transformer_2=TRANSFORMERS)
+        tables |= dict(prior=PRIORS, prior_prior=PRIORS, decoder=DECODERS)
+        changed = _changed(tables.get(name, {}), cls)
         if nets[0].__name__ == 'AutoencoderKL':
             flow = 'FlowMatch' in str(inspect.signature(cls.__init__))
             changed = dict(block_out_channels=(8,) * 4, latent_channels=16 if flow else 4)
@@ -296,6 +427,10 @@ def component(name, parameter, cls):
         return None
     if re.search(r'bool', text):
         return False
+    if name == 'image_normalizer':
+        return StableUnCLIPImageNormalizer(32)
+    if re.search(r'tokenizer', name) and cls.__name__ != 'OmniGenPipeline':
+        return Tokenizer()
     if re.search(r'tokenizer|processor|extractor', name):
         return MagicMock(model_max_length=16, size={'height': 32, 'width': 32})
     if re.search(r'\bint\b|float', text):
@@ -308,6 +443,9 @@ HELPERS = (  # methods that are replaced
 )
 
 
+pipeline_class = diffusers.DiffusionPipeline
+
+
 def build(cls):
     "A pipeline of stand-ins."
     parameters = dict(inspect.signature(cls.__init__).parameters)
@@ -315,9 +453,10 @@ def build(cls):
     parts = {name: component(name, p, cls) for name, p in parameters.items()}
     pipe = cls(**parts)
     pipe.set_progress_bar_config(disable=True)
-    for name in dir(cls):
-        if re.search(HELPERS, name):
-            setattr(pipe, name, stand_in(getattr(cls, name), name))
+    for inner in [pipe, *(v for v in vars(pipe).values() if isinstance(v, pipeline_class))]:
+        for name in dir(type(inner)):
+            if re.search(HELPERS, name):
+                setattr(inner, name, stand_in(getattr(type(inner), name), name))
     return pipe
 
 
@@ -341,13 +480,15 @@ def embedding(name):
         return torch.ones(1, 7)
     if 'ids' in name:
         return torch.zeros(7, 3)
-    if 'pooled' in name or 'image_embed' in name or 'class' in name:
+    if re.search('pooled|image_embed|class(?!ifier)', name):
         return torch.zeros(1, 32)
     return torch.zeros(1, 7, 32)
 
 
 def stand_in(function, name):
     "Replaces the encoding of prompts and the check of arguments."
+    if name == 'check_inputs' and 'Marigold' in function.__qualname__:
+        return lambda *args, **kwargs: 1  # image
     names = None if name in ('check_inputs', '_set_pag_attn_processor') else returned(function)
     values = None if names is None else tuple(embedding(n) for n in names)
     if 'Kandinsky' in function.__qualname__ and values is not None and len(values) == 3:
@@ -371,7 +512,7 @@ VALUES = {
     'control_image': IMAGE,
     'mask_image': IMAGE.convert('L'),
     'video': [IMAGE] * 9,
-    'conditioning_frames': [IMAGE],
+    'conditioning_frames': [IMAGE] * 9,
     'class_labels': [1],
     'batch_size': 1,
     'strength': 1.0,
@@ -381,8 +522,41 @@ VALUES = {
     'image_embeds': torch.zeros(1, 32),
     'negative_image_embeds': torch.zeros(1, 32),
     'hint': torch.zeros(1, 3, SIZE, SIZE),
+    'original_image': IMAGE,
+    'control_mask': IMAGE.convert('L'),
+    'control_video': [IMAGE] * 9,
+    'pose_video': [IMAGE] * 9,
+    'face_video': [IMAGE] * 9,
+    'image_embeddings': torch.zeros(1, 16, 24, 24),
+    'audio': torch.zeros(1, 2, 65536),
+    'reference_image': IMAGE,
+    'condtioning_image': IMAGE,
+    'source_subject_category': ['dog'],
+    'target_subject_category': ['dog'],
+    'latents': torch.zeros(1, 128, 2, 2, 2),
 }
-LATER = ('prompt_embeds', 'pooled_prompt_embeds', 'image_embeds')
+INSTEAD = {  # by the beginning of the name; None = not given
+    'Helios': dict(num_frames=33, video=None, image=None),
+    'GlmImage': dict(image=None),
+    'PRX': dict(use_resolution_binning=False),
+    'SkyReelsV2DiffusionForcingVideoToVideo': dict(overlap_history=1),
+    'Kandinsky6SR': dict(video=torch.zeros(1, 9, 3, 256, 256)),
+    'Kandinsky6TI2VA': dict(image=None),
+    'EasyAnimateControl': dict(control_video=torch.zeros(1, 3, 9, SIZE, SIZE)),
+    'EasyAnimateInpaint': dict(
+        video=torch.zeros(1, 3, 9, SIZE, SIZE), mask_video=torch.zeros(1, 1, 9, SIZE, SIZE)
+    ),
+    'SanaSprint': dict(num_inference_steps=2),
+    'LTX2DFRP': dict(num_frames=17),
+    'StableAudio3Inpaint': dict(mask_start_seconds=0.0, mask_end_seconds=0.5),
+    'Kandinsky5I2': dict(height=512, width=512),
+    'QwenImageLayered': dict(output_type='pt'),
+}
+WANTED = (  # though they may be left out
+    'num_inference_steps height width output_type prompt num_frames image mask_image video '
+    'control_image class_labels ensemble_size control_mode processing_resolution original_image '
+    'control_mask control_video conditioning_frames audio'
+).split()
 
 
 def arguments(cls):
@@ -390,28 +564,14 @@ def arguments(cls):
     accepted = inspect.signature(cls.__call__).parameters
     given = {}
     for name, parameter in accepted.items():
-        wanted = parameter.default is parameter.empty or name in (
-            'num_inference_steps',
-            'height',
-            'width',
-            'output_type',
-            'prompt',
-            'num_frames',
-            'image',
-            'mask_image',
-            'video',
-            'control_image',
-            'class_labels',
-            'ensemble_size',
-            'control_mode',
-            'processing_resolution',
-        )
+        wanted = parameter.default is parameter.empty or name in WANTED
         if name in VALUES and wanted:
             given[name] = VALUES[name]
     if re.match(r'Kandinsky(V22)?(?!\d).*|Consistency', cls.__name__):
         given['output_type'] = 'pt'
-    if cls.__name__.startswith('Helios'):
-        given['num_frames'] = 33
+    for name, value in _changed(INSTEAD, cls).items():
+        given[name] = value
+    given = {name: value for name, value in given.items() if value is not None}
     if 'generator' in accepted:
         given['generator'] = torch.Generator().manual_seed(0)
     return given
@@ -443,14 +603,16 @@ def ours(pipe):
         return scheduler_for(pipe, carry='time')
 
 
-def run(pipe, seconds=40):
-    "'' if a pipeline runs to its end and makes finite numbers, else why not."
+def run(pipe, seconds=40, twice=False):
+    "'' if a pipeline runs to its end and makes finite numbers, twice the same, else why not."
     try:
         with limit(seconds), torch.no_grad():
-            result = pipe(**arguments(type(pipe)))
-        first = result[0] if hasattr(result, '__getitem__') else result
-        if torch.is_tensor(first) and not torch.isfinite(first).all():
-            return 'numbers that are not finite'
+            results = [_first(pipe(**arguments(type(pipe)))) for _ in range(1 + twice)]
+        if torch.is_tensor(results[0]):
+            if not torch.isfinite(results[0]).all():
+                return 'numbers that are not finite'
+            if not torch.equal(results[0], results[-1]):
+                return 'the second run differs'
         return ''
     except Exception as e:
         where = e.__traceback__
@@ -459,6 +621,10 @@ def run(pipe, seconds=40):
         file = Path(where.tb_frame.f_code.co_filename).name
         said = str(e).splitlines()[0][:250] if str(e) else ''
         return f'{type(e).__name__}: {said} @ {file}:{where.tb_lineno}'
+
+
+def _first(result):
+    return result[0] if hasattr(result, '__getitem__') else result
 
 
 def classes():
@@ -498,7 +664,7 @@ def try_pipeline(cls):
         pipe.scheduler = ours(pipe)
     except Exception as e:
         return row | dict(ours=f'{type(e).__name__}: {str(e).splitlines()[0][:250]}')
-    return row | dict(ours=run(pipe) or 'runs')
+    return row | dict(ours=run(pipe, twice=True) or 'runs')
 
 
 def sweep(file=None, only=None, said=None):

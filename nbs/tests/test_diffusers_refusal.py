@@ -1,5 +1,6 @@
 "What our schedulers refuse: the error names the argument and says what to do, in one line."
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -209,3 +210,73 @@ def test_refused_number_of_steps_leaves_the_scheduler_usable():
             s.set_timesteps(11)
         assert torch.equal(loop(s, 8), expected)
         assert isinstance(s.solver_for(8), Solver)
+
+
+@pytest.mark.parametrize(
+    'name, demand',
+    [
+        ('CMStochasticIterative', 'jumps to the data from any noise level'),
+        ('DDPMWuerstchen', 'ratio of a noise schedule'),
+        ('Piflow', 'integrates a policy'),
+        ('BlockRefinement', 'samples words'),
+        ('EntropyBound', 'samples words'),
+        ('DiscreteDDIM', 'samples words'),
+        ('KarrasVe', 'adds noise in every step'),
+        ('ScoreSdeVe', 'predicts and corrects'),
+        ('SCM', 'distilled on the arc of TrigFlow'),
+        ('HeliosDMD', 'stages of growing resolution'),
+        ('FlowMapEulerDiscrete', 'where a step ends'),
+    ],
+)
+@pytest.mark.parametrize('cls', [Flow, VP])
+def test_pipelines_that_no_table_can_serve_are_told_why(cls, name, demand, tmp_path):
+    theirs = getattr(diffusers, f'{name}Scheduler')()
+    theirs.save_pretrained(tmp_path)
+    loaded = type(theirs).from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f'the pipeline of this config .*{demand}'):
+        cls.from_config(loaded.config)
+
+
+WRONG = {
+    'numpy output': lambda s, x, t: s.step(x.numpy(), t, x),
+    'no output': lambda s, x, t: s.step(None, t, x),
+    'whole numbers': lambda s, x, t: s.step(x.long(), t, x),
+    'whole state': lambda s, x, t: s.step(x, t, x.long()),
+    'complex output': lambda s, x, t: s.step(x.to(torch.complex64), t, x),
+    'text as time': lambda s, x, t: s.step(x, 'first', x),
+    'no number as time': lambda s, x, t: s.step(x, float('nan'), x),
+    'steps in a list': lambda s, x, t: s.set_timesteps([5]),
+    'steps without bound': lambda s, x, t: s.set_timesteps(10**9),
+    'levels without bound': lambda s, x, t: s.set_timesteps(sigmas=np.linspace(1, 1e-3, 10**5)),
+    'text as strength': lambda s, x, t: s.set_timesteps(5, strength='all'),
+    'strength above 1': lambda s, x, t: s.set_timesteps(5, strength=2),
+    'training beyond the noise': lambda s, x, t: s.add_noise(x, x, torch.tensor([10**6, 3])),
+    'training before the data': lambda s, x, t: s.get_velocity(x, x, torch.tensor([-50, 3])),
+    'training at no time': lambda s, x, t: s.add_noise(x, x, torch.tensor([float('nan')])),
+    'three times for two': lambda s, x, t: s.add_noise(x, x, torch.tensor([1, 2, 3])),
+    'networks without bound': lambda s, x, t: type(s)(num_train_timesteps=10**9),
+}
+
+
+@pytest.mark.parametrize('case', WRONG)
+@pytest.mark.parametrize('cls, rule', [(Flow, 'euler'), (VP, 'ddim')])
+def test_wrong_input_ends_in_one_line(cls, rule, case):
+    s, x = cls(rule), torch.randn(2, 3)
+    s.set_timesteps(4)
+    with pytest.raises(ValueError, match='.') as error:
+        WRONG[case](s, x, s.timesteps[0])
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize('mu', ['large', float('nan'), 1e9, [1.0]])
+def test_wrong_shift_of_a_pipeline_is_named(mu):
+    with pytest.raises(ValueError, match='mu=.* is not allowed'):
+        Flow(compose_shift=True, use_dynamic_shifting=True).set_timesteps(5, mu=mu)
+
+
+@pytest.mark.parametrize(
+    'betas', ['abc', [[0.1, 0.2]], 0.1, [], [0.1], [0.1, float('nan')], [0.1, 2]]
+)
+def test_wrong_betas_are_named(betas):
+    with pytest.raises(ValueError, match='beta'):
+        VP(trained_betas=betas)

@@ -203,6 +203,14 @@ def comfy(tmp_path, monkeypatch):
     "ComfyUI's published interface, as far as the nodes use it."
     root, samplers, folders = ModuleType('comfy'), ModuleType('comfy.samplers'), ModuleType('f')
 
+    class KSamplerX0Inpaint:
+        def __init__(self, model, sigmas):
+            self.inner_model = model
+            self.sigmas = sigmas  # of the run, not of the model
+
+        def __call__(self, x, sigma, denoise_mask, model_options={}, seed=None):
+            return self.inner_model(x, sigma, model_options=model_options, seed=seed)
+
     class KSAMPLER:
         def __init__(self, sampler_function, extra_options={}, inpaint_options={}):
             self.sampler_function = sampler_function
@@ -212,8 +220,9 @@ def comfy(tmp_path, monkeypatch):
             def told(at):
                 callback(at['i'], at['denoised'], at['x'], len(sigmas) - 1)
 
+            extra_args['denoise_mask'] = None
             return self.sampler_function(
-                model_wrap,
+                KSamplerX0Inpaint(model_wrap, sigmas),
                 sigmas[0] * noise,
                 sigmas,
                 extra_args=extra_args,
@@ -300,3 +309,29 @@ def test_workflow_is_complete():
             assert node['inputs'].keys() == required.keys()
             assert node['inputs']['solver'] in required['solver'][0]
             assert math.isfinite(node['inputs']['shift'])
+
+
+WRONG = {
+    'sigmas in a list': dict(sigmas=[1.0, 0.5, 0.0]),
+    'no sigmas': dict(sigmas=torch.zeros(0)),
+    'one sigma': dict(sigmas=torch.ones(1)),
+    'a table of sigmas': dict(sigmas=torch.ones(2, 2)),
+    'sigmas that rise': dict(sigmas=torch.tensor([0.0, 0.5, 1.0])),
+    'sigmas without end': dict(sigmas=torch.tensor([float('inf'), 1.0, 0.0])),
+    'sigmas that are no numbers': dict(sigmas=torch.tensor([1.0, float('nan'), 0.0])),
+    'sigmas without bound': dict(sigmas=torch.linspace(1, 0, 5001)),
+    'whole numbers': dict(x=torch.ones(2, 3, dtype=torch.int64)),
+    'no state': dict(x=None),
+    'no solver': dict(solver=None),
+    'a list of solvers': dict(solver=['ab2']),
+    'a model of one sample': dict(model=lambda x, s: x[:1]),
+}
+
+
+@pytest.mark.parametrize('case', WRONG)
+def test_wrong_input_ends_in_one_line(case):
+    given = dict(model=lambda x, s: x / 2, x=torch.randn(2, 3), solver='ab2', disable=True)
+    given |= dict(sigmas=torch.tensor([1.0, 0.5, 0.0])) | WRONG[case]
+    with pytest.raises(ValueError, match='.') as error:
+        sample_neural(**given)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 300
