@@ -201,7 +201,7 @@ class Field:
     def __call__(
         self,
         x: Tensor,  # state [B, C, ...]
-        t: Tensor,  # 0-d, in the path's time
+        t: Tensor,  # 0-d or [B], in the path's time
         labels: Tensor,  # int64 class labels [B]
     ) -> Tensor:  # prediction [B, C, ...] in x's dtype
         "The guided prediction at state x and time t."
@@ -212,7 +212,8 @@ class Field:
         told = NETWORK_TIMES[self.network_time](self.path, t)
         if self.network_time in ('t', 'alpha'):
             told = told.to(inputs)  # an index near 1000 needs more digits than half precision has
-        out = self.net(inputs, told.expand(len(inputs)), labels)
+        told = told.expand(len(x)).repeat(len(inputs) // len(x))  # 0-d, or one for every state
+        out = self.net(inputs, told, labels)
         out = out[:, : x.shape[1]].to(x.dtype)
         if self.guidance != 1:
             out = guide(*out.chunk(2), self.guidance, self.guided_channels)

@@ -195,8 +195,80 @@ class DynamicProgramming(Method):
         if self.weight is not None:
             check_float('weight', self.weight, 0)
 
+
+@dataclass(frozen=True)
+class Phase:
+    "A part of a search by `GaussNewton`."
+
+    state_weight: float  # w of the states before the end point
+    iterations: int  # most, of every runner
+    scale: float | None = None  # of the end point's loss, see `robust`; None = its distance
+    members: int | None = None  # of the pool; None = all that are in the loss
+    runners: int | None = None  # the best of them go on; None = all that are left
+
+    def __post_init__(self):
+        check_float('state_weight', self.state_weight, 0)
+        for key in ('iterations', 'members', 'runners'):
+            if getattr(self, key) is not None:
+                check_int(key, getattr(self, key))
+        if self.scale is not None:
+            check_float('scale', self.scale, 1e-12)
+
+
+PHASES = (  # the whole way on few samples; the end point on all; those that can be followed
+    Phase(1.0, 6, members=64),
+    Phase(0.2, 6, members=64),
+    Phase(0.0, 6, runners=1),
+    Phase(0.0, 5, scale=0.1),
+    Phase(0.0, 5, scale=0.05),
+)
+
+# %% ../nbs/2_learning/06_recipes.ipynb #7c1e5a02
+@dataclass(frozen=True)
+class GaussNewton(Method):
+    "The settings of a search by Levenberg's and Marquardt's iterations from several starts."
+
+    family: str = 'consistent'  # what is free, a key of neural.FAMILIES
+    order: int | None = None  # most evaluations a step uses; None = all
+    start: str = 'known'  # one of STARTS, or a name of `get_solver`
+    race: int = 3  # the nearest starts that run
+    phases: tuple[Phase, ...] = PHASES
+    projections: int = 2  # backward passes of random signs, which estimate the matrix
+    damping: float = 0.01  # lambda of every first iteration
+    memory: float = 0.0  # share of the earlier matrices in the present one
+    tolerance: float = 0.01  # a phase ends where the loss falls by less, relatively
+    batch_size: int = 32  # trajectories differentiated at a time
+
+    def __post_init__(self):
+        check_choice('family', self.family, FAMILIES)
+        for key in ('race', 'projections', 'batch_size'):
+            check_int(key, getattr(self, key))
+        if self.order is not None:
+            check_int('order', self.order)
+        check_float('damping', self.damping, 1e-12)
+        check_float('memory', self.memory, 0)
+        check_float('tolerance', self.tolerance, 0)
+        if not self.phases or self.phases[-1].members is not None:
+            raise ValueError(
+                'the last phase must use the whole pool: its iterates are judged. '
+                'Give phases=(..., Phase(0.0, 4)), without members.'
+            )
+        if not isinstance(self.start, str):
+            raise ValueError(f'start={self.start!r} is not allowed: give a name.')
+
+    def space(self, steps: int, init: Solver | None = None) -> NeuralSolver:
+        "The parameters that are searched, at a start; None = Euler on uniform times."
+        return NeuralSolver(steps, False, init, family=self.family, order=self.order)
+
+    def check_family(self, init: Solver):
+        self.space(init.nfe, init)
+
+    def provenance(self) -> dict:
+        return super().provenance() | dict(phases=[asdict(phase) for phase in self.phases])
+
 # %% ../nbs/2_learning/06_recipes.ipynb #4ef43ec9
 METHODS = {  # name: settings that `search` begins from
+    'gauss-newton': GaussNewton(),
     'ours': Recipe(),
     'paper': Recipe(
         two_step_tail=None,

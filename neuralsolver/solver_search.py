@@ -8,7 +8,7 @@ __all__ = ['SearchResult', 'search']
 # %% ../nbs/2_learning/04_solver_search.ipynb #acf6f7c1
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable
 
@@ -20,8 +20,10 @@ from .closed_form import fit_rows, gits
 from .descent import Counted, Descent, Recomputed, SearchState, Task
 from .fields import path_of
 from .paths import NoisePath
+from .race import begin, Confidence, confidence_of, Race, RaceState
 from neuralsolver.recipes import (
     DynamicProgramming,
+    GaussNewton,
     LeastSquares,
     Method,
     method_settings,
@@ -45,6 +47,7 @@ class SearchResult:
     converged: bool  # stopped by patience, not by the limit
     seconds: list  # wall time at every held-out evaluation, the teacher's included
     cost: dict  # evaluations of the field, one per sample, by kind: teacher, start, ...
+    confidence: Confidence | None = None  # how sure the default method is of its result
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,20 @@ class _Learned:
     state: SearchState
     recipe: Method  # as it was used
     converged: bool = True
+    confidence: Confidence | None = None
 
 # %% ../nbs/2_learning/04_solver_search.ipynb #3646b797
-def _store(checkpoint: str | os.PathLike, task: Task, method: str, recipe: Recipe, cost: dict):
+def _store(checkpoint: str | os.PathLike, task: Task, method: str, recipe: Method, cost: dict):
     "Where the state of a search is kept."
     if Path(checkpoint).suffix == '.json':
         raise ValueError(
             f'checkpoint={str(checkpoint)!r} holds tensors: give a name without .json.'
         )
-    same = replace(recipe, iterations=1) if recipe.schedule == 'constant' else recipe
+    constant = isinstance(recipe, Recipe) and recipe.schedule == 'constant'
+    same = replace(recipe, iterations=1) if constant else recipe
     settings = dict(
         method=method,
-        recipe=vars(same),
+        recipe=asdict(same),
         path=repr(task.path),
         train=task.train,
         seed=task.seed,
@@ -125,6 +130,34 @@ def _descent(task: Task, method: str, recipe: Recipe, checkpoint) -> tuple[Desce
     state.spent += time.perf_counter() - begun
     return Descent(task, recipe, state), store
 
+# %% ../nbs/2_learning/04_solver_search.ipynb #489c209c
+def _by_race(task: Task, method: str, recipe: GaussNewton, checkpoint, progress: bool) -> _Learned:
+    "Start or resume a race, take the best iterate of all."
+    cost = SearchState().cost
+    store = _store(checkpoint, task, method, recipe, cost) if checkpoint else None
+    saved = store.read() if store else None
+    if saved:
+        state = RaceState.from_dict(saved)
+    else:
+        state = begin(task, recipe)
+        state.cost['start'] += cost['start']
+    race = Race(task, recipe, state)
+    bar = tqdm(initial=state.iteration, desc=f'search {task.steps} steps', disable=not progress)
+
+    def after():
+        bar.total = state.iteration + race.remaining
+        bar.update(state.iteration - bar.n)
+        if store:
+            store.write(state.to_dict())
+
+    with bar:
+        after()
+        race.run(after)
+    best = race.best
+    state.init_name = f'{best["name"]} ({Solver.from_dict(best["start"]).digest})'
+    confidence = confidence_of(state)
+    return _Learned(race.solver(best['start'], best['parameters']), state, recipe, True, confidence)
+
 # %% ../nbs/2_learning/04_solver_search.ipynb #a853aba3
 def _by_least_squares(
     task: Task, method: str, recipe: LeastSquares, checkpoint, progress: bool
@@ -160,6 +193,7 @@ def _settled(task, recipe, state: SearchState, start: Start, solver: Solver, beg
 
 
 _WAYS = {  # by type of the recipe
+    GaussNewton: _by_race,
     Recipe: _by_gradients,
     LeastSquares: _by_least_squares,
     DynamicProgramming: _by_dynamic_programming,
@@ -212,7 +246,7 @@ def search(
     steps: int = 8,  # steps of the student N = evaluations
     cond: Tensor | None = None,  # conditions of the pool, [M, ...]
     teacher: Teacher | int = 100,  # steps L, or `teacher_trajectories` of this pool
-    method: str = 'ours',  # a key of METHODS
+    method: str = 'gauss-newton',  # a key of METHODS; 'paper' = the paper's recipe
     seed: int = 0,  # seed of the batch order
     heldout: int | None = None,  # pool members kept for validation; None = a fifth
     checkpoint: str | os.PathLike | None = None,  # file to save to and to resume from
@@ -223,7 +257,7 @@ def search(
     name: str = 'searched',  # name of the solver
     provenance: dict | None = None,  # added to the solver's provenance
     progress: bool = True,  # tqdm progress bar
-    **settings,  # that differ from METHODS[method]; see `Recipe`
+    **settings,  # that differ from METHODS[method]; see `GaussNewton` and `Recipe`
 ) -> SearchResult:
     """Search a solver for a field (Alg. 2, and other ways). Deterministic, also when interrupted.
 
@@ -251,14 +285,22 @@ def search(
     )
     state = found.state
     return SearchResult(
-        solver, state.history, state.iteration, found.converged, state.seconds, dict(state.cost)
+        solver,
+        state.history,
+        state.iteration,
+        found.converged,
+        state.seconds,
+        dict(state.cost),
+        found.confidence,
     )
 
 # %% ../nbs/2_learning/04_solver_search.ipynb #2ca5e857
 def _provenance(task: Task, method: str, found: _Learned) -> dict:
     "What a searched solver was made from."
     state, teacher = found.state, task.teacher.solver
-    return dict(
+    sure = found.confidence
+    said = {} if sure is None else dict(heldout_error=sure.statistics['mean'], verdict=sure.verdict)
+    return said | dict(
         method=method,
         paper='arXiv 2505.21114',
         init=state.init_name,

@@ -5,7 +5,7 @@ import torch
 
 from neuralsolver.fields import GaussianMixture
 from neuralsolver.paths import LinearPath, VPPath
-from neuralsolver.recipes import METHODS
+from neuralsolver.recipes import METHODS, Phase
 from neuralsolver.solver_search import search
 from neuralsolver.teachers import teacher_trajectories
 from neuralsolver.utils import indexed_noise
@@ -17,6 +17,16 @@ TRAIN = 48  # the rest is held out
 FIELD, VP = GaussianMixture(CENTRES, 0.2), GaussianMixture(CENTRES, 0.2, path=VPPath())
 GRADIENT = [name for name, recipe in METHODS.items() if hasattr(recipe, 'iterations')]
 SHORT = dict(iterations=12, eval_every=4, batch_size=16, race=0)
+BRIEF = {
+    'gauss-newton': dict(
+        race=2,
+        phases=(
+            Phase(1.0, 2, members=24),
+            Phase(0.0, 2, runners=1),
+            Phase(0.0, 2, scale=0.1),
+        ),
+    )
+}
 TEACHERS = {
     field.path: teacher_trajectories(field, POOL, steps=40, progress=False) for field in (FIELD, VP)
 }
@@ -27,7 +37,7 @@ fields = pytest.mark.parametrize('field', [FIELD, VP], ids=['linear', 'vp'])
 def run(field=FIELD, steps=4, method='ours', **settings):
     "A short search, without a race of starts."
     given = dict(noise=POOL, teacher=TEACHERS[field.path], heldout=12, progress=False)
-    short = SHORT if method in GRADIENT else {}
+    short = SHORT if method in GRADIENT else BRIEF.get(method, {})
     return search(field, steps=steps, method=method, **given | short | settings)
 
 

@@ -20,6 +20,7 @@ NBS = Path(__file__).resolve().parent.parent
 SMALL = dict(
     model='fashion-mixture',
     steps=3,
+    method='ours',
     options='iterations=6, batch_size=4, eval_every=2, race=0, start=ab2',
     teacher_steps=10,
     samples=12,
@@ -122,7 +123,7 @@ def test_the_solver_says_what_made_it(finished):
     words = shlex.split(solver.provenance['command'])
     given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == '-p'}
     assert words[:2] == ['papermill', 'nbs/search.ipynb']
-    usual = dict(method='ours', guidance='1.0', seed='0', device='cpu')
+    usual = dict(guidance='1.0', seed='0', device='cpu')
     assert given == usual | {key: str(value) for key, value in SMALL.items()}
 
 
@@ -209,7 +210,7 @@ def test_histories_without_losses_or_with_negative_ones_are_drawn(
         (dict(steps='8,08'), 'distinct'),
         (dict(steps='8;9'), 'steps=.8;9. is not allowed'),
         (dict(model='sit-xxl'), "model='sit-xxl' is not known. Allowed: fashion-mixture"),
-        (dict(method='adam'), "method='adam' is not known. Allowed: ours, paper"),
+        (dict(method='adam'), "method='adam' is not known. Allowed: gauss-newton, ours, paper"),
         (dict(options='iterations'), 'give setting=value'),
         (dict(options='step=3'), "setting of method 'ours'='step' is not known"),
         (dict(label='a/b'), "label='a/b' is not allowed"),

@@ -23,7 +23,7 @@ from neuralsolver.tools.search_runs import run_search, SCORE_GROUPS, Scorer, Row
 # the exact mixture of images
 SETTINGS = dict(iterations=4, batch_size=8, eval_every=2, race=2)
 SMALL = dict(model='fashion-mixture', steps=3, samples=16, heldout=8, teacher_steps=10)
-SMALL |= dict(settings=SETTINGS)
+SMALL |= dict(method='ours', settings=SETTINGS)
 IMAGE = dict(model='fashion-mixture', samples=8, teacher_steps=10)
 
 

@@ -79,7 +79,7 @@ def solver_of(deltas, coefficients, name='yours') -> ns.Solver:
 # %% ../../nbs/tools/13_play.ipynb #75974bd6
 def search_on(p: Problem, steps: int, **options) -> ns.Solver:
     "A short search on the pool."
-    options = options | dict(teacher=p.pool, progress=False)
+    options = dict(method='ours') | options | dict(teacher=p.pool, progress=False)
     return ns.search(p.field, p.pool.noise, steps, **options).solver
 
 

@@ -91,7 +91,7 @@ class SearchPlan:
 
     model: str = 'sit-tiny'  # a name of `list_models()`
     steps: int = 8  # evaluations N
-    method: str = 'ours'  # a key of METHODS
+    method: str = 'gauss-newton'  # a key of METHODS
     seed: int = 0  # of the noise pool and of the batch order
     samples: int = 256  # unique noise samples in the loss
     heldout: int = 64  # further noise samples that choose the iterate

@@ -1,0 +1,248 @@
+"""The default search: its matrix, its steps, its starts, resume, and what it says of its result."""
+
+import warnings
+
+import pytest
+import torch
+from search_cases import fields, FIELD, Interrupted, POOL, run, same_search, same_solver, TEACHER
+from search_cases import TEACHERS, TRAIN, Watched
+
+from neuralsolver.classical import adams_bashforth
+from neuralsolver.descent import Task
+from neuralsolver.dpm_solvers import dpm_solver_pp
+from neuralsolver.fields import Field, GaussianMixture
+from neuralsolver.gauss_newton import advance, Landscape, phase_loss, Runner
+from neuralsolver.losses import end_distances
+from neuralsolver.neural import list_solvers
+from neuralsolver.paths import LinearPath, VPPath
+from neuralsolver.race import confidence_of, RaceState, starts_of
+from neuralsolver.recipes import GaussNewton, Phase
+from neuralsolver.solvers import sample
+from neuralsolver.starts import PUBLISHED
+from neuralsolver.teachers import teacher_trajectories
+
+
+def race(field=FIELD, **settings):
+    return run(field, method='gauss-newton', **settings)
+
+
+def start_on(path):
+    if path.coordinates == 'velocity':
+        return adams_bashforth(4, 2)
+    return dpm_solver_pp(4, 2, t_start=path.t_start)
+
+
+def exact(landscape, point, task, phase):
+    "Gradient and matrix from the Jacobian, a column at a time by forward-mode products."
+    index = torch.arange(task.train)
+    names = [n for n, p in landscape.module.named_parameters() if p.requires_grad]
+    sizes = [p.numel() for p in landscape.free]
+    form = dict(path=task.path, coordinates=task.path.coordinates, t_start=task.path.t_start)
+
+    def residuals(theta):
+        parts = dict(zip(names, theta.split(sizes)))
+        solver = torch.func.functional_call(landscape.module, parts, (), form)
+        x = sample(task.field, task.pool.noise, solver, trajectory=True)[1:]
+        y = torch.cat([task.pool.at(solver.nodes[1:-1], index), task.pool.ends[None]])
+        return (x - y).flatten(2) / x[0, 0].numel() ** 0.5
+
+    columns = torch.eye(len(point), dtype=torch.float64)
+    J = torch.stack([torch.func.jvp(residuals, (point,), (v,))[1] for v in columns])
+    r = residuals(point).detach()
+    loss, weight = phase_loss(r.square().sum(2).sqrt(), phase)
+    weight = weight[..., None]
+    rows = (J * weight.sqrt()).flatten(1)
+    gradient = (J * weight * r).flatten(1).sum(1)
+    return loss.mean(), gradient / task.train, rows @ rows.T / task.train
+
+
+# The matrix
+@fields
+@pytest.mark.parametrize('family', ['consistent', 'times', 'non-stationary'])
+@pytest.mark.parametrize('scale', [None, 0.1])
+def test_the_sketch_has_the_exact_matrix_as_its_mean(field, family, scale):
+    task = Task(field, 4, TEACHERS[field.path], TRAIN)
+    recipe = GaussNewton(family=family, projections=300, batch_size=48)
+    landscape = Landscape(task, recipe, start_on(field.path), dict(forward=0, backward=0))
+    phase = Phase(0.3, 1, scale=scale)
+    signs = torch.Generator().manual_seed(0)
+    moved = torch.randn(len(landscape.start), generator=signs, dtype=torch.float64)
+    point = landscape.start + 0.03 * moved  # `sample` leaves out weights that are 0
+    loss, gradient, matrix = exact(landscape, point, task, phase)
+    found = landscape.linear(point, phase, torch.arange(TRAIN), signs)
+    assert found.loss == pytest.approx(loss.item(), rel=1e-9)
+    torch.testing.assert_close(found.gradient, gradient, rtol=1e-6, atol=1e-9)
+    assert (found.matrix - matrix).norm() < 0.1 * matrix.norm()
+
+
+def test_batches_and_recomputation_change_nothing():
+    a, b, c = (
+        race(batch_size=size, gradient_checkpointing=again)
+        for size, again in ((48, False), (48, True), (48, False))
+    )
+    assert a.solver.digest == b.solver.digest == c.solver.digest
+    assert a.history == c.history
+
+
+def test_the_cost_counts_every_call():
+    field = Watched()
+    found = race(field, projections=3)
+    calls = sum(len(x) for _, x, _ in field.calls) + 2  # it refused two times at once
+    kept = {k: v for k, v in found.cost.items() if k not in ('teacher', 'backward')}
+    assert sum(kept.values()) == calls
+    graded = sum(len(x) for _, x, grad in field.calls if grad)
+    assert found.cost['backward'] == 4 * graded  # three sketches and the gradient
+
+
+# The iterations
+def test_a_linear_problem_is_solved_by_least_squares():
+    "A field that depends on time only, fixed times, a loss that is a square."
+    shape = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def field(x, t):
+        t = torch.as_tensor(t).reshape(-1, 1)
+        return torch.sin(t * torch.arange(1, 7)) @ shape + 0 * x
+
+    noise = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    teacher = teacher_trajectories(field, noise, steps=40, progress=False)
+    task = Task(field, 3, teacher, 40)
+    recipe = GaussNewton(family='coefficients', projections=8)
+    start = adams_bashforth(3, 1)
+    landscape = Landscape(task, recipe, start, dict(forward=0, backward=0))
+    runner = Runner('euler', None, landscape.start, 1e-4, 0.0)
+    phase = Phase(0.0, 20, scale=1e4)
+    for k in range(20):
+        signs = torch.Generator().manual_seed(k)
+        advance(runner, landscape, phase, torch.arange(40), signs)
+    with torch.no_grad():
+        solver = landscape.solver(runner.parameters)
+    # x_3 = x_0 + sum_kj W_kj q_j: three free corrections q_j - q_k
+    q = torch.cat([field(noise[:1], t) for t in start.nodes[:3]])
+    target = teacher.ends[0] - noise[0] - q.mean(0)
+    D = torch.stack([q[0] - q[1], q[0] - q[2], q[1] - q[2]]).T / 3
+    best = target - D @ torch.linalg.pinv(D) @ target
+    reached = end_distances(field, solver, teacher).mean()
+    assert reached.item() == pytest.approx(best.square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_a_step_that_does_not_help_is_refused():
+    task = Task(FIELD, 4, TEACHER, TRAIN)
+    landscape = Landscape(task, GaussNewton(), start_on(task.path), dict(forward=0, backward=0))
+    runner = Runner('ab2', None, landscape.start, 1e-9, 0.0)
+    phase, index = Phase(0.0, 9, scale=0.01), torch.arange(TRAIN)
+    for k in range(9):
+        advance(runner, landscape, phase, index, torch.Generator().manual_seed(k))
+    assert (torch.tensor(runner.losses).diff() <= 0).all()
+    assert runner.at['loss'] == runner.losses[-1]
+
+
+def test_a_field_of_one_time_is_differentiated_all_the_same():
+    class Single(Watched):
+        def __call__(self, x, t):
+            assert t.ndim == 0
+            return FIELD(x, t)
+
+    a, b = race(), race(Single())
+    same_solver(a.solver, b.solver, 0.03)
+    assert b.cost['forward'] > a.cost['forward']
+
+
+def test_a_guided_network_answers_at_times_of_its_own():
+    net = GaussianMixture(FIELD.centers, 0.2, labels=torch.tensor([0, 0, 1, 1, 1]))
+    field, labels = Field(net, guidance=2.0), torch.tensor([0, 1, 0, 1])
+    x, t = POOL[:4], torch.tensor([0.1, 0.4, 0.5, 0.9], dtype=torch.float64)
+    each = [field(x[i : i + 1], t[i], labels[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(field(x, t, labels), torch.cat(each))
+
+
+# Starts
+def test_every_known_source_is_among_the_starts():
+    for steps, path in ((8, LinearPath()), (8, FIELD.path)):
+        task = Task(FIELD, steps, TEACHERS[path], TRAIN)
+        names = set(starts_of(task, GaussNewton(), dict(start=0)))
+        published = {n for n in PUBLISHED if steps in list_solvers()[n]} - {'dit-xl-2'}
+        classical = {'euler', 'ab2', 'ab3', 'ab4', 'ab2@power-1.35', 'ab3@log-snr-3'}
+        fitted = {'least-squares@power-1.6', 'least-squares@dynamic-programming'}
+        assert published | classical | fitted <= names
+
+
+def test_published_tables_move_to_another_path():
+    from neuralsolver.starts import moved_tables
+
+    other = VPPath(beta_max=18.0)
+    moved = moved_tables(8, other)
+    assert set(moved) == {'dit-xl-2'} and moved['dit-xl-2'].path == other
+    table = moved['dit-xl-2']
+    assert table.nodes[[0, -1]].tolist() == [other.t_start, other.t_end]
+    assert not moved_tables(8, LinearPath())  # other coordinates
+
+
+def test_a_start_that_is_given_is_the_only_one():
+    for settings in (dict(init=adams_bashforth(4, 3)), dict(start='ab3')):
+        found = race(**settings)
+        assert not found.confidence.runners  # no second one
+        assert found.solver.provenance['init'].startswith(('ab3', 'adams'))
+        assert found.cost['start'] <= 6  # the trial of the times only
+
+
+# Resume
+@pytest.mark.parametrize('last', [3, 20, 34])
+def test_resume_to_the_last_bit(tmp_path, last):
+    with pytest.raises(Interrupted):
+        race(Watched(last=last), checkpoint=tmp_path / 'c')
+    resumed = race(Watched(), checkpoint=tmp_path / 'c')
+    whole = race(Watched(), checkpoint=tmp_path / 'whole')
+    assert same_search(resumed, whole)
+    assert torch.equal(resumed.confidence.errors, whole.confidence.errors)
+    again = Watched()
+    assert same_search(race(again, checkpoint=tmp_path / 'c'), whole)
+    assert not again.graded  # a finished search is found in its checkpoint
+
+
+def test_another_seed_draws_other_signs_and_a_checkpoint_knows_it(tmp_path):
+    a, b = (race(seed=seed) for seed in (0, 1))
+    assert a.solver.digest != b.solver.digest
+    race(checkpoint=tmp_path / 'c')
+    with pytest.raises(ValueError, match='another search'):
+        race(checkpoint=tmp_path / 'c', seed=1)
+    with pytest.raises(ValueError, match='another search'):
+        race(checkpoint=tmp_path / 'c', projections=3)
+
+
+# What it says
+def test_the_verdict_is_about_held_out_samples():
+    found = race()
+    e = end_distances(FIELD, found.solver, TEACHER[TRAIN:])
+    torch.testing.assert_close(found.confidence.errors, e, rtol=1e-6, atol=1e-9)
+    low, high = found.confidence.interval
+    assert low < e.mean() < high
+    assert found.history['heldout_error'][-1] >= min(found.history['heldout_error'])
+    assert f'{e.mean():.4g}' in found.confidence.verdict
+    assert found.solver.provenance['heldout_error'] == pytest.approx(e.mean().item())
+
+
+@pytest.mark.parametrize('known, warns', [(0.01, True), (0.9, False)])
+def test_a_result_worse_than_a_known_table_warns(known, warns):
+    errors = torch.full((20,), 0.1, dtype=torch.float64)
+    judged = dict(name='a', errors=errors, losses=[0.3, 0.2, 0.1], start=None, parameters=None)
+    state = RaceState(judged=[judged], known={'sit-xl-2': torch.full_like(errors, known)})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        found = confidence_of(state)
+    assert bool(caught) == warns == ('sit-xl-2' in found.verdict)
+    if warns:
+        assert 'worse on held-out samples than sit-xl-2' in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(phases=(Phase(1.0, 2, members=24),)), 'last phase'),
+        (dict(projections=0), 'projections=0'),
+        (dict(start='nonsense'), 'is not known'),
+        (dict(lr=0.1), "setting of method 'gauss-newton'"),
+    ],
+)
+def test_refusals(settings, message):
+    with pytest.raises(ValueError, match=message):
+        race(**settings)
