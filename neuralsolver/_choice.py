@@ -18,7 +18,7 @@ from ._forms import Form
 from .neural import advised_rule, list_solvers, load_solver
 from .paths import NoisePath
 from .solvers import Solver
-from .utils import check_int
+from .utils import check_float, check_int
 
 # %% ../nbs/5_diffusers/15_choice.ipynb #03724457
 log = logging.getLogger('neuralsolver')
@@ -46,6 +46,8 @@ class SolverChoice:
 
     def _shift(self, mu: float | None) -> float:
         "The shift of the grid; 1 = none."
+        if mu is not None:
+            check_float('mu', mu)
         return 1.0
 
 # %% ../nbs/5_diffusers/15_choice.ipynb #5c0a11ec

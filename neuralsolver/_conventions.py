@@ -17,7 +17,7 @@ from .neural import get_solver, list_solvers, load_solver
 from .rules import check_rule
 from .paths import NoisePath
 from .solvers import Solver
-from .utils import check_choice
+from .utils import check_choice, shown
 
 # %% ../nbs/5_diffusers/02_conventions.ipynb #845ffae0
 PREDICTION_TYPES = ('epsilon', 'sample', 'v_prediction', 'flow_prediction')  # diffusers' names
@@ -82,7 +82,7 @@ def read_entry(
     if isinstance(solver, str):
         return solver, _named_table(solver, path)
     raise ValueError(
-        f'solver={solver!r} is not allowed: give a name of neuralsolver.list_solvers(), '
+        f'solver={shown(solver)} is not allowed: give a name of neuralsolver.list_solvers(), '
         'a classical name, a Solver, its JSON file, or a list of these.'
     )
 
@@ -191,7 +191,7 @@ def noise_levels(sigmas, name: str = 'sigmas') -> Tensor:  # float64 [N]
     "Noise levels without the last one, 0; ValueError if they do not fall."
     try:
         given = torch.as_tensor(sigmas, dtype=torch.float64, device='cpu').reshape(-1)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         raise ValueError(f'{name}={sigmas!r} is not allowed: give a list of numbers.') from e
     levels = given[:-1] if len(given) > 1 and given[-1] == 0 else given
     if (

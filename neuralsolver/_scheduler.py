@@ -18,6 +18,7 @@ from ._conventions import check_asked, check_entries, check_family, DEMANDS
 from ._conventions import as_times, own_arguments
 from ._steps import checked_output, combine, History, LEARNED, RunNumbers
 from ._steps import thresholded
+from .calls import check_config
 from .paths import NoisePath
 from .utils import check_float, check_int, import_torchvision, needs
 
@@ -390,6 +391,7 @@ def from_config(
             f'{cls.__name__} has no argument {", ".join(sorted(unknown))}. '
             f'Allowed: {", ".join(sorted(known))}.'
         )
+    check_config(config)
     if not isinstance(config, Mapping):
         return super(NeuralSolverScheduler, cls).from_config(config, return_unused_kwargs, **kwargs)
     if 'prediction_type' not in kwargs:

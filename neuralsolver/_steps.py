@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._forms import Form
+from .calls import check_real
 from .solvers import Solver
 
 # %% ../nbs/5_diffusers/14_steps.ipynb #9554f5c7
@@ -167,10 +168,7 @@ LEARNED = ('learned', 'learned_range')  # values of variance_type
 
 def checked_output(output: Tensor, sample: Tensor, learned: bool) -> Tensor:
     "The output, without its variances if these are learned; ValueError if it does not fit."
-    for name, value in (('model_output', output), ('sample', sample)):
-        if not (isinstance(value, Tensor) and value.is_floating_point()):
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f'{name} of {kind} is not allowed: give a floating-point tensor.')
+    check_real(model_output=output, sample=sample)
     if output.shape == sample.shape:
         return output
     if sample.ndim > 1 and learned:

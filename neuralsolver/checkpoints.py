@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 
+from .assets import ASSET_FOLDER, asset_file
 from .fields import GaussianMixture
 from .flowdcn import FlowDCN
 from .models import DiT, SiT, SIZES
 from .paths import LinearPath, NoisePath
 from neuralsolver.utils import (
-    ASSET_FOLDER,
-    asset_file,
+    as_path,
     atomic_path,
     check_choice,
     data_file,
@@ -36,6 +36,7 @@ from neuralsolver.utils import (
     import_torchvision,
     needs,
     sha256,
+    shown,
     write_json,
 )
 
@@ -68,7 +69,7 @@ def save_model(
     card: dict,  # how it was made: command, samples seen, loss, seed, ...
 ):
     "Write weights and card; the card carries the SHA-256 of the weights."
-    path = Path(path)
+    path = as_path('path', path)
     with atomic_path(path) as tmp:
         save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, tmp)
     known = dict(architecture=type(net).__name__, config=net.config, sha256=sha256(path))
@@ -77,7 +78,7 @@ def save_model(
 # %% ../nbs/3_models/03_checkpoints.ipynb #fc789602
 def load_card(path: str | os.PathLike) -> dict:
     "The card of a weights file."
-    return json.loads(Path(path).with_suffix('.json').read_text())
+    return json.loads(as_path('path', path).with_suffix('.json').read_text(encoding='utf-8'))
 
 
 def load_weights(
@@ -85,6 +86,7 @@ def load_weights(
     device: str | torch.device = 'cpu',  # where to put the network
 ) -> nn.Module:  # in eval mode, parameters not requiring gradients
     "A network with its weights; ValueError if they are not those of the card."
+    path = as_path('path', path)
     card = load_card(path)
     found = sha256(path)
     if found != card['sha256']:
@@ -101,7 +103,7 @@ def read_tensors(
     path: str | os.PathLike,  # .safetensors, or a file written by torch.save
 ) -> Any:  # what the file holds, on the CPU
     "The content of a file of weights; ValueError in one line if it cannot be read."
-    file = Path(path).expanduser()
+    file = as_path('path', path)
     if not file.is_file():
         raise FileNotFoundError(f'{file} is not there: give a file of weights.')
     try:
@@ -150,7 +152,12 @@ def _misfits(own: dict[str, Tensor], weights: dict[str, Tensor]) -> list[str]:
     missing = [f'missing {k}' for k in own.keys() - weights.keys()]
     foreign = [f'foreign {k}' for k in weights.keys() - own.keys()]
     bent = [f'{k} {has} instead of {wants}' for k, (has, wants) in shapes.items() if has != wants]
-    return sorted(missing + foreign + bent)
+    other = [
+        f'{k} {weights[k].dtype} instead of {own[k].dtype}'
+        for k in shapes
+        if weights[k].is_floating_point() != own[k].is_floating_point()
+    ]
+    return sorted(missing + foreign + bent + other)
 
 # %% ../nbs/3_models/03_checkpoints.ipynb #7a67ed69
 def load_checkpoint(
@@ -222,13 +229,26 @@ def list_models() -> list[str]:
     return ['fashion-mixture', *trained]
 
 # %% ../nbs/3_models/03_checkpoints.ipynb #766762d4
+def _is_file(name: object) -> bool:
+    "Does a model's name say that it is a file?"
+    return isinstance(name, str | Path) and str(name).lower().endswith('.safetensors')
+
+
+def _device(device: object) -> torch.device:
+    "A torch device; ValueError for what torch does not know."
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f'device={shown(device)} is not allowed: give cpu, cuda or cuda:1.') from e
+
+
 def model_architecture(
     name: str,  # of `list_models()`, a key of CHECKPOINTS, or NAME.safetensors with its card
 ) -> str:  # a key of ARCHITECTURES, or 'GaussianMixture'
     "What kind of network a model is, without loading its weights; ValueError for other names."
-    if name in CHECKPOINTS:
+    if isinstance(name, str) and name in CHECKPOINTS:
         return CHECKPOINTS[name].architecture
-    if str(name).endswith('.safetensors') and Path(name).with_suffix('.json').is_file():
+    if _is_file(name) and as_path('model', name).with_suffix('.json').is_file():
         return load_card(name)['architecture']
     allowed = [*list_models(), *CHECKPOINTS, 'FILE.safetensors with its card FILE.json']
     if check_choice('model', name, allowed) == 'fashion-mixture':
@@ -259,7 +279,7 @@ def model_file(
     path: str | os.PathLike | None = None,  # local file of an official checkpoint
 ) -> Path:
     "The file behind a model; fetched if it is an official checkpoint."
-    if name in CHECKPOINTS:
+    if isinstance(name, str) and name in CHECKPOINTS:
         return checkpoint_file(name, path)
     if path:
         raise ValueError(
@@ -267,8 +287,8 @@ def model_file(
             f'not for {name!r}.'
         )
     model_architecture(name)
-    if str(name).endswith('.safetensors'):
-        return Path(name)
+    if _is_file(name):
+        return as_path('model', name)
     if name == 'fashion-mixture':
         return data_root() / 'fashion_mixture.npz'
     return data_root() / f'{name}.safetensors'
@@ -280,7 +300,7 @@ def load_model(
     path: str | os.PathLike | None = None,  # file of an official checkpoint; None = look for it
 ) -> nn.Module:  # callable net(x [B, C, H, W], t, y [B]) with `sample_shape` and `num_classes`
     "A model by name, with its weights, ready to sample."
-    file = model_file(name, path)
+    file, device = model_file(name, path), _device(device)
     if name == 'fashion-mixture':
         return fashion_mixture().to(device)
     if name not in CHECKPOINTS:
@@ -298,9 +318,9 @@ def find_vae(
     source: str,  # a folder with VAE_FILES, a name below data/, or the id of a repository
 ) -> Path | None:  # None: not on this machine, or in huggingface_hub's cache
     "The autoencoder in the folder `source`, below $NEURALSOLVER_CHECKPOINTS or below data/."
-    name = source.split('/')[-1]
-    named = os.environ.get(ASSET_FOLDER)
-    folders = [Path(source), *([Path(named) / name] if named else [])]
+    place = as_path('vae', source)
+    name, named = place.name, os.environ.get(ASSET_FOLDER)
+    folders = [place, *([as_path(ASSET_FOLDER, named) / name] if named else [])]
     if source in (name, f'data/{name}'):
         folders.append(data_root() / name)
     there = [d for d in folders if all((d / f).is_file() for f in VAE_FILES)]

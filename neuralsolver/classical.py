@@ -12,29 +12,31 @@ import numpy as np
 import torch
 from torch import Tensor
 from .coordinates import COORDINATES
-from .paths import LinearPath, NoisePath
+from .paths import check_path, LinearPath, NoisePath
 from .solvers import Solver
-from .utils import check_choice, check_int
+from .utils import as_numbers, check_choice, check_int, check_steps, shown
 
 # %% ../nbs/1_method/06_classical.ipynb #b7c2cf4c
 def uniform_grid(steps: int) -> Tensor:
     "Times 0, 1/N, ..., 1: float64 [N + 1]."
-    return torch.linspace(0, 1, check_int('steps', steps) + 1, dtype=torch.float64)
+    return torch.linspace(0, 1, check_steps(steps) + 1, dtype=torch.float64)
 
 
 def _check_grid(
     steps: int,  # number of steps N >= 1
     grid: Tensor | None,  # N + 1 strictly monotone times, or None for the uniform grid
+    stages: int = 1,  # evaluations in a step
 ) -> Tensor:  # float64 [N + 1]
     "A valid time grid for `steps` steps."
+    check_steps(steps)
+    check_steps(steps, steps * stages)
     if grid is None:
         return uniform_grid(steps)
-    check_int('steps', steps)
-    grid = torch.as_tensor(grid, dtype=torch.float64)
-    d = grid.diff()
+    grid = as_numbers('grid', grid)
+    d = grid.diff() if grid.ndim else grid
     if grid.shape != (steps + 1,) or not ((d > 0).all() or (d < 0).all()):
         raise ValueError(
-            f'grid must hold steps + 1 = {steps + 1} strictly monotone times; got {grid.tolist()}.'
+            f'grid must hold steps + 1 = {steps + 1} strictly monotone times; got {shown(grid)}.'
         )
     return grid
 
@@ -76,7 +78,7 @@ class Builder:
         path: NoisePath = LinearPath(),  # where the times live
     ):
         self.coordinates = check_choice('coordinates', coordinates, COORDINATES)
-        self.path = path
+        self.path = check_path(path)
         self.present = State(t, np.zeros(0))
         self.evaluated = []  # the states at which the field was evaluated
         self.weights = []  # steps from each evaluated state to the next
@@ -163,13 +165,14 @@ def runge_kutta(
 # %% ../nbs/1_method/06_classical.ipynb #7a4966b6
 def euler(steps: int, grid: Tensor | None = None) -> Solver:
     "Euler's method (eq. 9), order 1; NFE = steps."
-    return runge_kutta(['euler'] * check_int('steps', steps), _check_grid(steps, grid), 'euler')
+    grid = _check_grid(steps, grid)
+    return runge_kutta(['euler'] * steps, grid, 'euler')
 
 
 def midpoint(steps: int, grid: Tensor | None = None) -> Solver:
     "Explicit midpoint rule, order 2; NFE = 2 x steps."
-    rules = ['midpoint'] * check_int('steps', steps)
-    return runge_kutta(rules, _check_grid(steps, grid), 'midpoint')
+    grid = _check_grid(steps, grid, 2)
+    return runge_kutta(['midpoint'] * steps, grid, 'midpoint')
 
 
 def heun(
@@ -178,15 +181,18 @@ def heun(
     euler_end: bool = False,  # last step Euler, as in EDM (arXiv 2206.00364): NFE = 2 x steps - 1
 ) -> Solver:
     "Heun's method (explicit trapezoidal rule), order 2; NFE = 2 x steps."
-    rules = ['heun'] * check_int('steps', steps)
+    check_choice('euler_end', euler_end, (False, True))
+    grid = _check_grid(steps, grid, 2)
+    rules = ['heun'] * steps
     if euler_end:
         rules[-1] = 'euler'
-    return runge_kutta(rules, _check_grid(steps, grid), 'heun')
+    return runge_kutta(rules, grid, 'heun')
 
 
 def rk4(steps: int, grid: Tensor | None = None) -> Solver:
     "The classical Runge-Kutta method, order 4; NFE = 4 x steps."
-    return runge_kutta(['rk4'] * check_int('steps', steps), _check_grid(steps, grid), 'rk4')
+    grid = _check_grid(steps, grid, 4)
+    return runge_kutta(['rk4'] * steps, grid, 'rk4')
 
 # %% ../nbs/1_method/06_classical.ipynb #13824cde
 def lagrange_weights(
@@ -235,6 +241,7 @@ def multistep(
     check_choice('finish', finish, ['low-order', 'full'])
     check_int('order', order, 1, 4)
     times, N = grid.tolist(), len(grid) - 1
+    check_steps(N, N)
     build = Builder(times[0], rule.coordinates, rule.path)
     place = []  # of the evaluation at every grid point, among all evaluations
 

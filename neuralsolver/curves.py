@@ -29,7 +29,8 @@ from neuralsolver.reported import (
 )
 from .sampling import work_bar
 from .tables import REFERENCES, cells_of, markdown, mean_sd_cells, metric_title
-from .utils import atomic_path, check_choice, split_names, write_json, write_text
+from .utils import as_path, atomic_path, check_choice, split_names, write_json
+from .utils import write_text
 
 # %% ../nbs/4_measure/12_curves.ipynb #e5a2dd03
 CURVE_SOLVERS = {  # by the path of the model
@@ -213,7 +214,7 @@ def write_curve(
     shards_dir: str | os.PathLike,  # where the shards are
 ) -> Path:  # the stem
     "Write STEM.{csv,json,md}, atomically."
-    stem = Path(stem)
+    stem = as_path('stem', stem)
     cards = [protocol_card(p, shards_dir) for p in protocols]
     solvers, notes = {}, []
     for p, card in zip(protocols, cards):

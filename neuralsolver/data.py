@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .utils import check_choice, check_int
+from .utils import as_path, check_choice, check_int
 
 # %% ../nbs/1_method/01_data.ipynb #e31c99b6
 CLASSES = (
@@ -87,7 +87,7 @@ def read_idx(
     path: str | os.PathLike,  # IDX file of uint8 values, gzipped if the name ends in .gz
 ) -> np.ndarray:  # uint8, shape as the header says
     "An IDX file as an array; ValueError if its header and its length disagree."
-    raw = Path(path).read_bytes()
+    raw = as_path('path', path).read_bytes()
     if str(path).endswith('.gz'):
         raw = gzip.decompress(raw)
     shape = _shape(raw)
@@ -104,7 +104,7 @@ _CACHE = Path.home() / '.cache' / 'neuralsolver'
 
 def _folders(root: str | os.PathLike | None) -> list[Path]:
     named = root or os.environ.get(_ENV)
-    bases = [Path(named).expanduser()] if named else []
+    bases = [as_path('root', named)] if named else []
     bases = bases or [Path('/usr/share/datasets/fashion-mnist'), _CACHE]
     return [folder for base in bases for folder in (base, base / 'FashionMNIST' / 'raw')]
 

@@ -23,7 +23,7 @@ from .paths import DDPMPath, LinearPath, ShiftedPath, VPPath
 from .rules import classical_solver
 from .solvers import Solver
 from .transfer import change_path
-from .utils import check_choice, check_float, check_int
+from .utils import as_numbers, check_choice, check_float, check_int
 
 # diffusers reloads a saved scheduler by the names of its base classes in this module
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -95,6 +95,9 @@ def _check(self: FlowNeuralSolverScheduler):
     for key in ('compose_shift', 'use_dynamic_shifting', 'invert_sigmas'):
         check_choice(key, config[key], (False, True))
     check_choice('time_shift_type', config.time_shift_type, ('exponential', 'linear'))
+    for key in ('base_shift', 'max_shift', 'base_image_seq_len', 'max_image_seq_len', 'sigma_max'):
+        if config[key] is not None:  # pipelines read them
+            check_float(key, config[key], -1e9, 1e9)
     check_float('shift', config.shift, low=1e-6)
     if config.sigma_data is not None:
         check_float('sigma_data', config.sigma_data, 1, 1)
@@ -115,6 +118,8 @@ def _form(self: FlowNeuralSolverScheduler) -> Form:
 @patch
 def _shift(self: FlowNeuralSolverScheduler, mu: float | None) -> float:
     "The shift to compose the grid with; 1 = unshifted."
+    if mu is not None:
+        check_float('mu', mu, -50, 50)
     if not self.config.compose_shift:
         return 1.0
     if not self.config.use_dynamic_shifting:
@@ -242,10 +247,7 @@ class VPNeuralSolverScheduler(NeuralSolverScheduler):
 
 def _plain(betas) -> list[float]:
     "Betas as they are kept in a config."
-    try:
-        values = torch.as_tensor(betas, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        values = torch.zeros(0, 0)
+    values = as_numbers('trained_betas', betas)
     if values.ndim != 1:
         raise ValueError('trained_betas must be a list of numbers between 0 and 1.')
     return values.tolist()
@@ -263,9 +265,12 @@ def _check(self: VPNeuralSolverScheduler):
     check_choice('prediction_type', config.prediction_type, PREDICTION_TYPES[:3])
     check_choice('beta_schedule', config.beta_schedule, BETA_SCHEDULES)
     check_choice('carry', config.carry, ('log-snr', 'time'))
+    check_choice('edm_time', config.edm_time, ('log', 'arctan'))
+    if config.sigma_max is not None:
+        check_float('sigma_max', config.sigma_max, 0, 1e9)
     for key in ('continuous', 'rescale_betas_zero_snr', 'thresholding', 'integer_timesteps'):
         check_choice(key, config[key], (False, True))
-    check_float('snr_shift_scale', config.snr_shift_scale, 1e-6)
+    check_float('snr_shift_scale', config.snr_shift_scale, 1e-6, 1e6)
     check_float('dynamic_thresholding_ratio', config.dynamic_thresholding_ratio, 0, 1)
     check_float('sample_max_value', config.sample_max_value, 1e-6)
     if config.sigma_data is not None:
@@ -298,7 +303,7 @@ def _make_form(self: VPNeuralSolverScheduler) -> Form:
         steps = getattr(path, 'train_steps', config.num_train_timesteps)
         return Form(path, steps, offset=0 if config.continuous else 1)
     unit, largest = config.sigma_data, config.sigma_max
-    steps = check_int('num_train_timesteps', config.num_train_timesteps)
+    steps = check_int('num_train_timesteps', config.num_train_timesteps, 1, LARGEST_TABLE)
     path = EDMPath(largest / unit)
     arctan = config.edm_time == 'arctan'
     return EDMForm(path, steps, largest=largest, unit=unit, arctan=arctan)

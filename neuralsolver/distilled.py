@@ -18,6 +18,7 @@ from torch import Tensor
 from neuralsolver.neural import neural_solver
 from neuralsolver.paths import NoisePath, VPPath
 from neuralsolver.solvers import Solver
+from neuralsolver.utils import as_path
 
 # %% ../nbs/5_diffusers/09_distilled.ipynb #301ecc1f
 MOST_BYTES = 65_536  # of a file; a table of 64 steps in float64 needs 33 kB
@@ -92,7 +93,7 @@ def read_distilled(
     raw: bool = False,  # True = the time deltas are raw numbers of a softmax
 ) -> Solver:  # in data coordinates
     "The solver of a distilled model; ValueError for a file that is not one."
-    file = Path(file)
+    file = as_path('file', file)
     if file.is_dir():
         file = file / 'solver/diffusion_pytorch_model.safetensors'
     if not file.is_file():

@@ -14,9 +14,15 @@ from .integrals import Kappa, polynomial_rule
 from .optimized_grids import solver_grid
 from .paths import NoisePath, VPPath
 from .solvers import Solver
-from .utils import check_choice, check_int
+from .utils import check_choice, check_int, check_steps
 
 # %% ../nbs/1_method/12_dpm_solvers.ipynb #02ca3825
+def _check_flags(**flags):
+    "ValueError for what is neither True nor False."
+    for name, value in flags.items():
+        check_choice(name, value, (False, True))
+
+
 def _psi(h: float) -> float:
     "1 - (1 - e^-h) / h."
     return 1 + np.expm1(-h) / h
@@ -59,7 +65,7 @@ def singlestep_orders(
     finish: str = 'low-order',  # 'full': steps of this order only
 ) -> list[int]:  # orders of the steps; they sum to `evaluations`
     "How DPM-Solver spends a number of evaluations (arXiv 2206.00927, app. D.3)."
-    whole, rest = divmod(check_int('steps', evaluations), order)
+    whole, rest = divmod(check_steps(evaluations, evaluations), order)
     if check_choice('finish', finish, ('low-order', 'full')) == 'full':
         if rest:
             raise ValueError(
@@ -129,6 +135,7 @@ def dpm_solver_pp(
 ) -> Solver:
     "DPM-Solver++ (arXiv 2211.01095), data coordinates; NFE = steps."
     check_int('order', order, 1, 3)
+    _check_flags(singlestep=singlestep, exact=exact)
     grid = solver_grid(steps, path, spacing, t_start, t_end)
     if singlestep:
         _refuse_multistep_options(exact, start)
@@ -152,6 +159,7 @@ def dpm_solver(
 ) -> Solver:
     "DPM-Solver (arXiv 2206.00927), noise coordinates; NFE = steps."
     check_int('order', order, 1, 3)
+    _check_flags(singlestep=singlestep, exact=exact)
     grid = solver_grid(steps, path, spacing, t_start, t_end)
     if singlestep:
         _refuse_multistep_options(exact, start)
@@ -216,6 +224,7 @@ def unipc(
 ) -> Solver:
     "UniPC (arXiv 2302.04867), data coordinates; the corrector is free: NFE = steps."
     check_int('order', order, 1, 3)
+    _check_flags(corrector=corrector)
     check_choice('variant', variant, ('bh1', 'bh2'))
     grid = solver_grid(steps, path, spacing, t_start, t_end)
     name = f'unipc-{order}' if corrector else f'unip-{order}'

@@ -62,8 +62,9 @@ from .shards import Shards, workers
 from .solvers import Solver
 from .photo_features import SIDE, photo_metrics, read_reconstructions
 from .tables import cells_of, markdown, metric_title
+from .tools.processes import apart, end_group
 from .tools.statistics import resampled_means
-from .utils import atomic_path, check_int, results_folder, results_root
+from .utils import as_path, atomic_path, check_int, results_folder, results_root
 from .utils import write_json, write_text
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #f927d43a
@@ -269,11 +270,16 @@ def launch(p: Protocol, shards_dir: str | os.PathLike, processes: int):
     for f in fields(p):
         if getattr(p, f.name) is not None:
             command += [f'--{f.name}', str(getattr(p, f.name))]
-    place = str(Path(shards_dir).resolve())
-    done = subprocess.run([*command, '--shards_dir', place, '--only_shards'])
-    if done.returncode:
+    place = str(as_path('shards_dir', shards_dir).resolve())
+    started = subprocess.Popen([*command, '--shards_dir', place, '--only_shards'], **apart())
+    try:
+        code = started.wait()
+    except BaseException:  # interrupted
+        end_group(started)
+        raise
+    if code:
         raise RuntimeError(
-            f'the processes ended with code {done.returncode}; their output is above, or in the '
+            f'the processes ended with code {code}; their output is above, or in the '
             'terminal of this notebook. What they finished is kept: run this again.'
         )
 
@@ -374,7 +380,7 @@ def write_reports(
 ) -> Path:  # stem of the files: folder / eval_MODEL_STEPS
     "Write eval_MODEL_STEPS.{csv,json,md}, _samples.npz, and the images that are kept as _ROW.npz."
     p = protocol
-    stem = Path(folder) / f'eval_{Path(p.model).stem}_{p.steps}'
+    stem = as_path('folder', folder) / f'eval_{Path(p.model).stem}_{p.steps}'
     with atomic_path(f'{stem}.csv') as tmp:
         table.to_csv(tmp, index=False, float_format='%.6g')
     with atomic_path(f'{stem}_samples.npz') as tmp:

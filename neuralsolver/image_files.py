@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from .metrics import blocks
-from .utils import atomic_path, needs
+from .utils import as_path, atomic_path, needs
 
 # %% ../nbs/4_measure/14_image_files.ipynb #1f100007
 def center_crop(
@@ -58,7 +58,7 @@ def list_images(
     folder: str | os.PathLike,  # searched with all its subfolders
 ) -> list[Path]:  # in the order of their names
     "The image files below a folder."
-    folder = Path(folder)
+    folder = as_path('folder', folder)
     files = [p for p in folder.rglob('*') if p.suffix.lower() in ENDINGS]
     return sorted(files, key=lambda p: p.relative_to(folder).as_posix())
 
@@ -160,4 +160,4 @@ def export_npz(
         np.lib.format.write_array_header_1_0(f, header)
         for block in blocks(images, 100):
             f.write(block.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-    return Path(path)
+    return as_path('path', path)

@@ -23,11 +23,12 @@ from tqdm import tqdm
 from .checkpoints import read_tensors
 from .image_files import ENDINGS, FolderImages, NpzImages, center_crop, check_images
 from .image_files import export_npz, list_images
-from .metrics import MIN_SAMPLES, Moments, frechet_distance
+from .metrics import MIN_SAMPLES, Moments, check_moments, frechet_distance
 from .fashion_features import import_torch_fidelity
 from .metrics import inception_score, moments, precision_recall
 from .store import Store
-from .utils import asset_file, check_int, sha256
+from .assets import asset_file
+from .utils import as_path, check_int, sha256
 
 # %% ../nbs/4_measure/13_inception.ipynb #2e6548bd
 # torch-fidelity's file; the last part begins its SHA-256
@@ -198,7 +199,8 @@ def _read_arrays(
     names = ('mu', 'sigma', 'mu_s', 'sigma_s')
     try:
         with np.load(path, allow_pickle=False) as f:
-            known = {k: torch.from_numpy(f[k]).double() for k in names if k in f.files}
+            known = {k: torch.from_numpy(f[k]) for k in names if k in f.files}
+            known = {k: v if v.is_complex() else v.double() for k, v in known.items()}
             return known, 'arr_0' in f.files
     except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as e:
         said = f'{type(e).__name__}: {e}'
@@ -221,6 +223,8 @@ def _check_moments(
                 f'{path}: {mu} is {list(known[mu].shape)}, {sigma} is {list(known[sigma].shape)}: '
                 f'they must be [{dim}] and [{dim}, {dim}], moments of Inception features.'
             )
+        if mu in known:
+            check_moments(known[mu], known[sigma], dim, str(path))
 
 # %% ../nbs/4_measure/13_inception.ipynb #1c100008
 def _bar(images: int, done: int, what: str, progress: bool) -> tqdm:
@@ -394,7 +398,7 @@ def check_reference(
     source: str | os.PathLike,  # what the user gave
 ) -> Path:
     "The path of a reference; a ValueError says what it must be."
-    path = Path(source).expanduser()
+    path = as_path('reference', source)
     if path.is_dir() or (path.is_file() and path.suffix.lower() in ('.npz', '.safetensors')):
         return path
     raise ValueError(
@@ -415,7 +419,7 @@ def read_reference(
 ) -> ImageReference:
     "Statistics of real images; a ValueError says what a source must be."
     path = check_reference(source)
-    cache = Path(cache) if cache else None
+    cache = as_path('cache', cache) if cache else None
     if path.is_dir():
         loading = dict(batch_size=batch_size, num_workers=workers)
         check_int('size', size)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRAY', 'IS_SPLIT', 'KID_SUBSETS', 'KID_SUBSET_SIZE', 'NEIGHBOURS', 'end_errors', 'error_statistics', 'Moments',
-           'moments', 'frechet_distance', 'inception_score', 'kernel_distance', 'manifold_radii', 'inside_share',
-           'precision_recall', 'compute_metrics', 'metrics_protocol']
+           'moments', 'check_moments', 'frechet_distance', 'inception_score', 'kernel_distance', 'manifold_radii',
+           'inside_share', 'precision_recall', 'compute_metrics', 'metrics_protocol']
 
 # %% ../nbs/4_measure/01_metrics.ipynb #fca74641
 import math
@@ -30,6 +30,10 @@ def end_errors(
     target: Tensor,  # those of the teacher from the same noise [n, ...]
 ) -> Tensor:  # float64 [n]
     "Root mean square difference of each sample, over all its elements."
+    if x.shape != target.shape:
+        raise ValueError(
+            f'end points are {list(x.shape)}, the target {list(target.shape)}: they differ.'
+        )
     return (x.double() - target.double()).flatten(1).square().mean(1).sqrt()
 
 
@@ -56,6 +60,20 @@ def blocks(
     "The rows of a source, block by block."
     for a in range(0, len(source), size):
         yield source[a : min(a + size, len(source))]
+
+
+def _check_rows(name: str, source) -> int:
+    "The number of rows of a source; ValueError if it has none, or no columns."
+    if not len(source) or source[0:1].ndim != 2:
+        raise ValueError(f'{name} are {list(getattr(source, "shape", []))}: give [N, d], N >= 1.')
+    return len(source)
+
+
+def _finite(name: str, rows: Tensor) -> Tensor:
+    "The rows; ValueError if a value is not finite."
+    if not rows.isfinite().all():
+        raise ValueError(f'{name} have values that are not finite: look at the images.')
+    return rows
 
 # %% ../nbs/4_measure/01_metrics.ipynb #54ed70bd
 MIN_SAMPLES = 8
@@ -144,19 +162,40 @@ def moments(
     block: int = BLOCK,  # rows read and merged at a time
 ) -> tuple[Tensor, Tensor]:  # mean [d], covariance [d, d] with divisor N - 1; float64
     "The two moments a Fréchet distance compares."
-    check_int('samples', len(source), MIN_SAMPLES)
+    check_int('samples', _check_rows('features', source), MIN_SAMPLES)
     out = None
     for rows in blocks(source, check_int('block', block)):
         out = (Moments(rows.shape[1], block) if out is None else out).add(rows)
     return out.result()
 
 # %% ../nbs/4_measure/01_metrics.ipynb #4335c116
+def check_moments(
+    mu: Tensor,  # mean
+    sigma: Tensor,  # covariance
+    dim: int,  # columns they must have
+    name: str = 'moments',  # of what, for the message
+):
+    "ValueError unless these are a mean [d] and a covariance [d, d]: finite, symmetric, positive."
+    if (mu.shape, sigma.shape) != ((dim,), (dim, dim)) or mu.is_complex() or sigma.is_complex():
+        raise ValueError(
+            f'{name}: mu is {mu.dtype} {list(mu.shape)}, sigma {sigma.dtype} {list(sigma.shape)}: '
+            f'they must be real, [{dim}] and [{dim}, {dim}].'
+        )
+    if not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise ValueError(f'{name} are not finite: make them again.')
+    size = sigma.diagonal().abs().max()
+    if (sigma - sigma.T).abs().max() > 1e-6 * size or sigma.diagonal().min() < -1e-6 * size:
+        raise ValueError(f'{name}: sigma is no covariance, it must be symmetric and positive.')
+
+
 def frechet_distance(
     one: tuple[Tensor, Tensor],  # mean [d] and covariance [d, d], float64
     two: tuple[Tensor, Tensor],  # the same of the other set
 ) -> float:
     "|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))."
     (mu1, s1), (mu2, s2) = one, two
+    for mu, sigma in (one, two):
+        check_moments(mu, sigma, len(mu1))
     values, vectors = torch.linalg.eigh(s1)
     root = vectors * values.clamp(0).sqrt() @ vectors.T
     trace = torch.linalg.eigvalsh(root @ s2 @ root).clamp(0).sqrt().sum()
@@ -170,9 +209,10 @@ def inception_score(
     source,  # logits: Tensor [N, classes], or what slices like one
 ) -> float:  # from 1 to the number of classes
     "exp of the mean KL divergence of p(y|x) from p(y), mean over splits of up to 5,000 images."
+    _check_rows('logits', source)
     scores = []
     for split in blocks(source, IS_SPLIT):
-        log_p = split.double().cpu().log_softmax(1)
+        log_p = _finite('logits', split).double().cpu().log_softmax(1)
         p = log_p.exp()
         # mean KL = entropy of the mean - mean entropy
         spread = torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean()
@@ -188,6 +228,8 @@ def kernel_distance(
     real: Tensor,  # real [M, d]
 ) -> float:  # may be negative
     "Unbiased squared MMD with the cubic kernel, mean over random subsets with a fixed seed."
+    for rows in (features, real):
+        _finite('features', rows)
     import_torch_fidelity()
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
@@ -211,10 +253,10 @@ def manifold_radii(
     device: str | torch.device = 'cpu',  # where the products are computed
 ) -> Tensor:  # squared distance of every row to its k-th neighbour among the others [N]; float64
     "The balls that make a manifold."
-    check_int('samples', len(source), k + 1)
+    check_int('samples', _check_rows('features', source), k + 1)
     out = []
     for i, rows in enumerate(blocks(source, size)):
-        rows = rows.double().to(device)
+        rows = _finite('features', rows).double().to(device)
         near = []
         for j, others in enumerate(blocks(source, size)):
             d = _distances(rows, others.double().to(device))
@@ -250,6 +292,9 @@ def precision_recall(
     size: int = 4 * BLOCK,  # rows in a block
 ) -> tuple[float, float]:  # precision, recall
     "Shares of the generated and of the real features inside the other set's manifold, k = 3."
+    if source[0:1].shape[1:] != real[0:1].shape[1:]:
+        shapes = f'{list(source[0:1].shape[1:])} and {list(real[0:1].shape[1:])}'
+        raise ValueError(f'features have {shapes} columns: they must be equal.')
     where = dict(size=check_int('size', size), device=device)
     precision = inside_share(source, real, manifold_radii(real, **where), **where)
     recall = inside_share(real, source, manifold_radii(source, **where), **where)

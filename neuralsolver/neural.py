@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from .hub import fetch_solver, is_repository
-from .paths import LinearPath, NoisePath, PATHS
+from .hub import fetch_solver, is_repository, LARGEST_FILE, parse_solver
+from .paths import check_path, LinearPath, NoisePath, PATHS
 from .coordinates import COORDINATES
 from .rules import check_rule, classical_names, classical_rules, classical_solver
 from .solvers import save_solver, Solver
-from .utils import check_choice, check_int, data_file, data_root
+from .utils import MOST_EVALUATIONS, as_numbers, as_path, check_choice, check_float
+from .utils import check_int, check_steps, data_file, data_root, shown
 
 # %% ../nbs/2_learning/01_neural.ipynb #75be929d
 def neural_solver(
@@ -34,9 +35,11 @@ def neural_solver(
     **labels,  # name, params, provenance of the Solver
 ) -> Solver:  # differentiable in all numbers; with `gains` of its own if `factors` are given
     "The step form of eq. 16 (velocity) and eq. 19 (data)."
-    dt = torch.as_tensor(timedeltas, dtype=torch.float64)
-    c = torch.as_tensor(coefficients, dtype=torch.float64)
+    if t_start is not None:
+        t_start = check_float('t_start', t_start)
+    dt, c = as_numbers('timedeltas', timedeltas), as_numbers('coefficients', coefficients)
     _check_table(dt, c, factors)
+    check_path(path)
     coordinates = path.coordinates if coordinates is None else coordinates
     form = COORDINATES[check_choice('coordinates', coordinates, COORDINATES)]
     nodes = _nodes(dt, path, path.t_noise if t_start is None else t_start)
@@ -64,8 +67,11 @@ def _check_table(dt: Tensor, c: Tensor, factors: Tensor | None):
             f'timedeltas {list(dt.shape)} and coefficients {list(c.shape)} are not allowed: '
             'give [N] and a strictly lower-triangular [N, N].'
         )
-    if not (dt > 0).all():
-        raise ValueError(f'timedeltas={dt.tolist()} is not allowed: give positive numbers.')
+    if not (dt > 0).all() or N > MOST_EVALUATIONS:
+        raise ValueError(
+            f'timedeltas={shown(dt.detach())} is not allowed: give 1 to {MOST_EVALUATIONS} '
+            'positive numbers.'
+        )
     if factors is not None and factors.shape != (2, N):
         raise ValueError(
             f'factors {list(factors.shape)} are not allowed: give one for every row '
@@ -105,10 +111,12 @@ class NeuralSolver(nn.Module):
         order: int | None = None,  # most evaluations in a step, the newest ones; None = all
     ):
         super().__init__()
-        self.steps = check_int('steps', steps)
+        self.steps = check_int('steps', steps, 1, MOST_EVALUATIONS)
+        if not isinstance(init, Solver | None):
+            raise ValueError(f'init={shown(init)} is not allowed: give a Solver, or None.')
         self.family = check_choice('family', family, FAMILIES)
         self.order = None if order is None else check_int('order', order)
-        self.two_step_tail = two_step_tail
+        self.two_step_tail = check_choice('two_step_tail', two_step_tail, (None, False, True))
         if two_step_tail is None:
             self.two_step_tail = steps <= 6 and init is None  # the paper's rule
         free = _free_entries(steps, self.two_step_tail, order)
@@ -265,10 +273,11 @@ def _load_published(name: str, steps: int, rounded: bool) -> Solver:
 
 
 def _load_file(file: str | os.PathLike, steps: int | None) -> Solver:
-    try:
-        solver = Solver.from_dict(json.loads(Path(file).expanduser().read_text()))
-    except (OSError, ValueError) as e:
-        raise ValueError(f'{file}: {e}') from e
+    path = as_path('solver', file)
+    if not path.is_file():  # nor a device, which has no end
+        raise ValueError(f'{file} is not there, or no file: give a JSON file of a solver.')
+    with open(path, 'rb') as f:
+        solver = parse_solver(f.read(LARGEST_FILE + 1), str(file))
     if steps not in (None, solver.steps):
         raise ValueError(f'{file} has {solver.steps} steps, not steps={steps}.')
     return solver
@@ -308,14 +317,15 @@ def load_solver(
 
     Which solver to take: `nbs/questions/which_solver.ipynb`.
     """
+    check_choice('rounded', rounded, (False, True))
     if str(name).endswith('.json'):
         return _load_file(name, steps)
     if is_repository(str(name)):
         return fetch_solver(str(name), check_int('steps', steps), revision)
     counts = list_solvers()[check_choice('solver', name, list_solvers())]
-    if steps not in counts or isinstance(steps, bool):
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps not in counts:
         raise ValueError(
-            f'{name!r} has no table for steps={steps!r}. '
+            f'{name!r} has no table for steps={shown(steps)}. '
             f'There are tables for steps = {", ".join(map(str, counts))}. '
             f'{_advice(name, counts, steps)}'
         )
@@ -340,7 +350,9 @@ def interpolated_nodes(
     path: NoisePath,  # of the rule that will use them
 ) -> Tensor:  # float64 [N + 1]
     "Nodes for any number of steps from the nearest tables of a name."
-    counts, parts = list_solvers()[name], np.linspace(0, 1, steps + 1)
+    tables = list_solvers()
+    counts = tables[check_choice('table', name, tables)]
+    parts = np.linspace(0, 1, check_steps(steps) + 1)
     its_path = load_solver(name, counts[0]).path
     if its_path != path:
         raise ValueError(f'the tables {name!r} belong to {its_path}: give a table of {path}.')
@@ -359,7 +371,7 @@ def get_solver(
     path: NoisePath = LinearPath(),  # of the classical solvers
 ) -> Solver:
     "A solver by name; ValueError says what names there are, or which steps have a table."
-    check_int('steps', steps)
+    check_steps(steps)
     name = str(name)
     rule, _, grid = name.partition('@')
     if rule in classical_rules(path):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .utils import check_choice, check_float, check_int
+from .utils import check_choice, check_float, check_int, shown
 
 # %% ../nbs/1_method/02_paths.ipynb #c6f23176
 T_START = 0.999  # first evaluation of the paper's VP solvers and of their teacher
@@ -72,6 +72,18 @@ def t_start(self: NoisePath) -> float:
 def t_end(self: NoisePath) -> float:
     "Where sampling ends by default: t_data unless the path stops short of it."
     return self.t_data
+
+# %% ../nbs/1_method/02_paths.ipynb #335c0dc6
+def check_path(
+    path: object,  # what was given
+) -> NoisePath:
+    "The path; ValueError if it is none."
+    if not isinstance(path, NoisePath):
+        raise ValueError(
+            f'path={shown(path)} is not allowed: give a path, such as neuralsolver.LinearPath() '
+            'or neuralsolver.VPPath().'
+        )
+    return path
 
 # %% ../nbs/1_method/02_paths.ipynb #5931a406
 @patch
@@ -175,7 +187,7 @@ class ShiftedPath(LinearPath):
     shift: float = 3.0  # s > 0; 1 = the linear path
 
     def __post_init__(self):
-        check_float('shift', self.shift, low=1e-6)
+        check_float('shift', self.shift, 1e-6, 1e6)
 
     def _den(self, t: Tensor) -> Tensor:
         return 1 + (self.shift - 1) * (1 - t)
@@ -226,6 +238,11 @@ class VPPath(_VariancePreserving):
     beta_min: float = 0.1  # rate at t = 0
     beta_max: float = 20.0  # rate at t = 1
     t_min: float = 1e-3  # smallest time
+
+    def __post_init__(self):
+        check_float('beta_min', self.beta_min, 1e-12, 1e3)
+        check_float('beta_max', self.beta_max, self.beta_min, 1e3)
+        check_float('t_min', self.t_min, 0, 0.5)
 
     @property
     def t_end(self) -> float:
@@ -278,9 +295,9 @@ class DDPMPath(_VariancePreserving):
 
     def __post_init__(self):
         check_choice('schedule', self.schedule, ('linear', 'scaled-linear', 'cosine'))
-        check_int('train_steps', self.train_steps, 2)
-        check_float('beta_start', self.beta_start, 1e-12, self.beta_end)
+        check_int('train_steps', self.train_steps, 2, 100_000)
         check_float('beta_end', self.beta_end, 1e-12, 0.9999)
+        check_float('beta_start', self.beta_start, 1e-12, self.beta_end)
 
     @property
     def t_end(self) -> float:

@@ -25,7 +25,7 @@ from .data import CLASSES
 from .diffusers import FlowNeuralSolverScheduler, VPNeuralSolverScheduler
 from .checkpoints import ARCHITECTURES, load_card, load_model
 from .paths import DDPMPath, VPPath
-from .utils import check_choice, check_int, data_root, indexed_noise
+from .utils import as_path, check_choice, check_int, data_root, indexed_noise
 
 # diffusers reloads a saved network by the name ModelMixin in this module
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -110,6 +110,8 @@ def load_pipeline(
     download: bool = False,  # may files be fetched from the hub? False: local ones only
 ):
     "A pipeline by name, without progress bar."
+    if not isinstance(name, str):
+        name = str(as_path('pipeline', name))
     check_choice('device', device, ('cpu', 'cuda', 'offload'))
     if device != 'cpu' and not torch.cuda.is_available():
         raise ValueError(f'device={device!r} is not allowed: torch sees no CUDA device here.')
@@ -145,6 +147,7 @@ def _saved_pipeline(name: str, dtype: torch.dtype, download: bool):
     "A pipeline from a folder or a repository."
     from diffusers import DiffusionPipeline
 
+    name = str(as_path('pipeline', name))
     index = Path(name) / 'model_index.json'
     parts = json.loads(index.read_text()) if index.exists() else {}
     absent = {k: None for k, v in parts.items() if v == [None, None]}  # saved without text encoder

@@ -26,6 +26,7 @@ from neuralsolver.checkpoints import (
     model_file,
     model_path,
 )
+from .fields import MOST_GUIDANCE
 from .neural import get_solver, list_solvers
 from .paths import NoisePath
 from .precision import COMPILE, PRECISIONS, check_device
@@ -34,6 +35,7 @@ from .rules import classical_rules
 from .solvers import Solver
 from .teachers import teacher_solver
 from .utils import check_choice, check_float, check_int, data_file, split_names
+from .utils import split_numbers
 
 # %% ../nbs/4_measure/06_protocol.ipynb #8f23cd18
 def read_profiles() -> pd.DataFrame:  # one row a profile and architecture
@@ -262,15 +264,12 @@ def _check_values(p: 'Protocol'):
     for name in ('steps', 'samples', 'teacher_steps', 'batch_size', 'shard_batches'):
         check_int(name, getattr(p, name))
     check_int('guided_channels', p.guided_channels, 0)
-    check_float('guidance', p.guidance, low=0)
+    check_float('guidance', p.guidance, 0, MOST_GUIDANCE)
     check_float('vae_scale', p.vae_scale, low=1e-6)
     check_choice('protocol', p.protocol, PROTOCOLS)
     check_choice('precision', p.precision, PRECISIONS)
     check_choice('compile', p.compile, COMPILE)
-    for seed in split_names('seeds', p.seeds):
-        if not seed.isdigit() or int(seed) > 9999:
-            text = f'seeds={p.seeds!r} is not allowed: give distinct integers from 0 to 9999.'
-            raise ValueError(text)
+    split_numbers('seeds', p.seeds, int, 0, 9999)
     check_int('samples', p.samples, low=8 * len(p.seed_list))
     check_device(p.device)
 

@@ -15,7 +15,7 @@ from .classical import adam2, adam4, adams_bashforth, euler, heun, midpoint, rk4
 from .dpm_solvers import dpm_solver, dpm_solver_pp, unipc
 from .exponential import ddim, deis, ipndm, ipndm_v
 from .optimized_grids import GRIDS, OPTIMIZED, solver_grid
-from .paths import LinearPath, NoisePath
+from .paths import check_path, LinearPath, NoisePath
 from .solvers import Solver
 from .spacings import NUMBERED, split_spacing
 from .utils import check_int
@@ -87,7 +87,7 @@ RULES = VELOCITY | EXPONENTIAL
 # %% ../nbs/1_method/13_rules.ipynb #473f8840
 def classical_rules(path: NoisePath) -> dict[str, Rule]:  # by name
     "The classical rules that run on a path."
-    return RULES if path.coordinates == 'velocity' else EXPONENTIAL
+    return RULES if check_path(path).coordinates == 'velocity' else EXPONENTIAL
 
 # %% ../nbs/1_method/13_rules.ipynb #42df35fd
 FIRST = 1e-3  # of the linear path, where exponential rules evaluate first

@@ -38,7 +38,7 @@ from .protocol import Protocol
 from .shards import Shards, batch_ranges, remove_unfinished, shard_ranges, workers
 from .solvers import Solver, sample
 from .store import differences, identity_digest, read_card
-from .utils import data_file, indexed_noise, package_root, sha256
+from .utils import as_path, data_file, indexed_noise, package_root, sha256
 
 # %% ../nbs/4_measure/08_sampling.ipynb #2b6def9e
 def end_points(
@@ -180,6 +180,7 @@ SOURCES = {
     'fields': (),
     'coordinates': (),
     'solvers': (),
+    'calls': (),
     'kernels': (),
     'models': (),
     'flowdcn': (),
@@ -287,7 +288,7 @@ def row_shards(
             )
             folder = f'{Path(name).stem}-{seed}-{identity_digest(own)}'
             ranges = shard_ranges(count, p.batch_size, p.shard_batches)
-            place = Path(shards_dir) / Path(p.model).stem / folder
+            place = as_path('shards_dir', shards_dir) / Path(p.model).stem / folder
             rows[name, seed] = Shards(place, own, ranges)
     return rows
 
@@ -317,7 +318,7 @@ def reference_of(p: Protocol, shards_dir: str | os.PathLike, progress: bool = Tr
         reference_source(p),
         Inception(inception_file(p.inception), torch.device(p.device)),
         p.image_shape[1],
-        cache=Path(shards_dir) / 'reference',
+        cache=as_path('shards_dir', shards_dir) / 'reference',
         progress=progress,
     )
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .store import Damaged, Store, read_card
-from .utils import check_int, needs
+from .utils import as_path, check_int, needs
 
 # %% ../nbs/4_measure/09_shards.ipynb #530ffe7f
 def shard_ranges(
@@ -51,7 +51,7 @@ class Shards:
         identity: dict,  # all that changes a number, as JSON
         ranges: Sequence[tuple[int, int]],  # from `shard_ranges`
     ):
-        self.folder = Path(folder).expanduser()
+        self.folder = as_path('folder', folder)
         self.identity = identity
         self.ranges = list(ranges)
 
@@ -186,7 +186,7 @@ def remove_unfinished(
     hours: float = 1.0,  # age
 ) -> int:  # files removed
     "Remove what killed processes left half written; younger files may belong to a live run."
-    files = Path(folder).rglob('.[0-9]*-[0-9]*-*.safetensors')
+    files = as_path('folder', folder).rglob('.[0-9]*-[0-9]*-*.safetensors')
     old = [f for f in files if time.time() - f.stat().st_mtime > 3600 * hours]
     for file in old:
         file.unlink(missing_ok=True)

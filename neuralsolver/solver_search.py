@@ -32,8 +32,9 @@ from neuralsolver.recipes import (
 )
 from .solvers import Solver
 from .starts import check_start, find_start, Start, start_solver
-from .store import Store
-from .teachers import Teacher, teacher_trajectories, trajectory_identity
+from .store import check_state, Store
+from .teachers import check_options, check_pool, Teacher, teacher_trajectories
+from .teachers import trajectory_identity
 from .utils import check_int
 
 # %% ../nbs/2_learning/04_solver_search.ipynb #64dd9fd5
@@ -121,7 +122,7 @@ def _descent(task: Task, method: str, recipe: Recipe, checkpoint) -> tuple[Desce
     begun = time.perf_counter()
     cost = SearchState().cost
     store = _store(checkpoint, task, method, recipe, cost) if checkpoint else None
-    saved = store.read() if store else None
+    saved = check_state(store, store.read(), 'module') if store else None
     if saved:
         return Descent(task, recipe, SearchState.from_dict(saved)), store
     state, start = _begin(task, recipe)
@@ -240,6 +241,7 @@ def _check_teacher(teacher: Teacher, noise: Tensor, cond: Tensor | None, path: N
         )
 
 # %% ../nbs/2_learning/04_solver_search.ipynb #0c7fe733
+@torch.enable_grad()
 def search(
     field: Callable,  # field(x, t) or field(x, t, cond) -> velocity, on other paths data
     noise: Tensor,  # pool of initial states [M, ...]; its last `heldout` are never in the loss
@@ -264,7 +266,10 @@ def search(
     Which solver to take: `nbs/questions/which_solver.ipynb`.
     """
     _check_pool(noise, cond, steps)
-    check_int('seed', seed, 0)
+    check_pool(noise, cond, learns=True)
+    about = dict(name=name, provenance=provenance, checkpoint=checkpoint)
+    check_options(field=field, teacher=teacher, path=path, init=init, **about)
+    check_int('seed', seed, 0, 2**32)
     recipe = method_settings(method, settings)
     kept = len(noise) // 5 or 1 if heldout is None else heldout
     train = len(noise) - check_int('heldout', kept, 1, len(noise) - 1)

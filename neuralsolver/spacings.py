@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from .paths import NoisePath, VPPath
-from .utils import check_choice, check_float, check_int
+from .paths import check_path, NoisePath, VPPath
+from .utils import as_numbers, check_choice, check_float, check_steps, shown
 
 # %% ../nbs/1_method/08_spacings.ipynb #df2bddbc
 def _uniform(a: float, b: float, steps: int) -> Tensor:
@@ -80,15 +80,15 @@ def _ends_of(path: NoisePath) -> list[float]:
 
 def _given(steps: int, path: NoisePath, nodes: Tensor) -> Tensor:
     "Given nodes, if they are a grid of this path."
-    nodes = torch.as_tensor(nodes, dtype=torch.float64)
+    nodes = as_numbers('spacing', nodes)
     low, high = _ends_of(path)
-    forward = (nodes.diff() * (path.t_data - path.t_noise) > 0).all()
     fits = nodes.shape == (steps + 1,) and low <= nodes.min() and nodes.max() <= high
+    forward = fits and (nodes.diff() * (path.t_data - path.t_noise) > 0).all()
     if not (fits and forward):
         raise ValueError(
             f'spacing must be a name or steps + 1 = {steps + 1} times from noise '
             f'(t = {path.t_noise}) to data (t = {path.t_data}) within [{low:g}, {high:g}], '
-            f'strictly monotone; got {nodes.tolist()}.'
+            f'strictly monotone; got {shown(nodes)}.'
         )
     return nodes
 
@@ -134,12 +134,12 @@ def time_grid(
     shift: float = 3.0,  # of 'shifted'
 ) -> Tensor:  # strictly monotone times from t_start to t_end, float64 [N + 1]
     "The evaluation times of N steps, and the end time."
-    check_int('steps', steps)
+    check_steps(steps)
+    check_path(path)
     if isinstance(spacing, (Tensor, Sequence, np.ndarray)) and not isinstance(spacing, str):
         return _given(steps, path, spacing)
     kind, number = split_spacing(spacing)
-    check_float('rho', rho, 1e-3)
-    check_float('shift', shift, 1e-6)
+    rho, shift = check_float('rho', rho, 1e-3), check_float('shift', shift, 1e-6)
     ends = _first_and_last(path, t_start, t_end)
     grids = {
         'time': lambda: _time(path, ends, steps),

@@ -111,7 +111,7 @@ def _cell(value) -> str:
     if pd.isna(value):
         return ''
     text = f'{value:g}' if isinstance(value, float) else str(value)
-    return text.replace('|', r'\|')
+    return text.replace('|', r'\|').replace('<', '&lt;')  # a name is text, never HTML
 
 
 def markdown(

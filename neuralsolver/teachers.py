@@ -7,6 +7,7 @@ __all__ = ['teacher_solver', 'Teacher', 'teacher_trajectories', 'teacher_error']
 
 # %% ../nbs/2_learning/02_teachers.ipynb #bc8dd2c8
 import hashlib
+import json
 import os
 import time
 from dataclasses import dataclass, replace
@@ -20,11 +21,12 @@ from tqdm import tqdm
 from .exponential import ddim
 from .fields import path_of
 from .paths import LinearPath, NoisePath
+from .calls import check_noise
 from .coordinates import COORDINATES
 from .classical import euler
 from .solvers import sample, Solver
-from .store import Damaged, differences, Store
-from .utils import check_int
+from .store import check_writable, Damaged, differences, Store
+from .utils import MOST_EVALUATIONS, as_path, check_int, shown
 
 # %% ../nbs/2_learning/02_teachers.ipynb #bdad1847
 def teacher_solver(
@@ -157,7 +159,9 @@ class _KeptInFolder(_Kept):
     def _check(self, state: dict):
         "A count that cannot be, or end points that are not those that were written."
         place, done, count = self.store.place, state['done'], len(self.states)
-        if done not in range(count + 1) or (done == count) != ('ends_sha256' in state):
+        timed = isinstance(state.get('seconds'), int | float)
+        whole = isinstance(done, int) and done in range(count + 1) and timed
+        if not whole or (done == count) != ('ends_sha256' in state):
             raise Damaged(f'{place} is damaged: its card counts {done} of {count}. Delete it.')
         if done == count and state['ends_sha256'] != self._hash():
             raise Damaged(f'{place} is damaged: its end points have another hash. Delete it.')
@@ -189,9 +193,12 @@ def teacher_trajectories(
     progress: bool = True,  # tqdm progress bar
 ) -> Teacher:
     "Integrate the teacher of Algorithm 2 for a pool of noise samples; resumable with `folder`."
+    check_pool(noise, cond)
+    check_options(field=field, path=path, init=solver)
     if solver is None:
-        solver = teacher_solver(check_int('teacher', steps), path or path_of(field))
-    _check_pool(noise, cond)
+        solver = teacher_solver(
+            check_int('teacher', steps, 1, MOST_EVALUATIONS), path or path_of(field)
+        )
     _check_teacher(solver)
     check_int('batch_size', batch_size)
     shape = len(noise), solver.nfe + 1, *noise.shape[1:]
@@ -200,7 +207,9 @@ def teacher_trajectories(
         _integrate(field, noise, cond, solver, kept, batch_size, progress)
     else:
         identity = trajectory_identity(field, noise, cond, solver)
-        store = Store(Path(folder) / 'card.json', identity, 'teacher', measured=('field',))
+        store = Store(
+            as_path('folder', folder) / 'card.json', identity, 'teacher', measured=('field',)
+        )
         with store.lock():
             kept = _KeptInFolder(store, shape, noise.dtype)
             _integrate(field, noise, cond, solver, kept, batch_size, progress)
@@ -226,9 +235,61 @@ def _integrate(field, noise, cond, solver, kept, batch_size, progress):
             bar.update(x.shape[1])
 
 # %% ../nbs/2_learning/02_teachers.ipynb #94e749a4
-def _check_pool(noise: Tensor, cond: Tensor | None):
-    if not isinstance(noise, Tensor) or len(noise) < 1:
+OPTIONS = {  # of teachers and searches: types, and what to give
+    'teacher': ((int, Teacher), 'a number of steps, or teacher_trajectories of this pool'),
+    'path': ((NoisePath, type(None)), 'a path such as neuralsolver.VPPath(), or None'),
+    'init': ((Solver, type(None)), 'a Solver, or None'),
+    'name': ((str,), 'a text'),
+    'provenance': ((dict, type(None)), 'a dict of JSON values, or None'),
+}
+
+
+def check_options(**given):
+    "ValueError for an option of a wrong type, before anything is computed."
+    for name, value in given.items():
+        kinds, words = OPTIONS.get(name, ((object,), ''))
+        if not isinstance(value, kinds):
+            raise ValueError(f'{name}={shown(value)} is not allowed: give {words}.')
+    if not callable(given.get('field', len)):
+        raise ValueError(f'field={shown(given["field"])} is not allowed: give field(x, t).')
+    if len(given.get('name', '')) > 100:
+        raise ValueError(
+            f'name={shown(given["name"])} is not allowed: give at most 100 characters.'
+        )
+    try:
+        json.dumps(given.get('provenance'), allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'provenance is not allowed ({e}): give JSON values.') from e
+    if given.get('checkpoint') is not None:
+        check_writable('checkpoint', given['checkpoint'])
+
+
+def _check_learnable(noise: Tensor):
+    "ValueError for a pool that gives no gradients."
+    if noise.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f'noise is {noise.dtype}: a search needs float32 or float64, noise.float().'
+        )
+    if torch.is_inference_mode_enabled() or noise.is_inference():
+        raise ValueError(
+            'noise or the call is under torch.inference_mode(): a search needs gradients, call it '
+            'outside, with noise.clone().'
+        )
+
+
+def check_pool(
+    noise: Tensor,  # initial states [M, ...]
+    cond: Tensor | None,  # conditions
+    learns: bool = False,  # is something learned from it?
+):
+    "ValueError for a pool that is none."
+    if not isinstance(noise, Tensor) or not noise.ndim or len(noise) < 1:
         raise ValueError('noise must be a pool of initial states [M, ...] with M >= 1.')
+    check_noise(noise)
+    if learns:
+        _check_learnable(noise)
+    if cond is not None and not isinstance(cond, Tensor):
+        raise ValueError(f'cond={shown(cond)} is not allowed: give a tensor [M, ...], or None.')
     if cond is not None and len(cond) != len(noise):
         raise ValueError(
             f'cond has {len(cond)} rows for {len(noise)} noise samples: give one for each.'

@@ -10,6 +10,7 @@ __all__ = ['READERS', 'GENEVAL_TAGS', 'SCORES', 'read_prompts', 'export_geneval'
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Callable, Sequence
@@ -24,7 +25,7 @@ import torch
 from .image_files import ENDINGS, to_rgb
 from .inception import ImageReference, Inception, image_metrics
 from .metrics import moments
-from .utils import check_choice, data_file, sha256, write_json
+from .utils import as_path, check_choice, data_file, sha256, shown, write_json
 from .zero_shot import picture_files, read_image
 
 # %% ../nbs/5_diffusers/08_text_to_image.ipynb #0a33ba51
@@ -55,30 +56,64 @@ READERS: dict[str, Callable[[str], list[dict]]] = {
 }
 
 # %% ../nbs/5_diffusers/08_text_to_image.ipynb #5c1111e6
+def _is_place(text: str) -> bool:
+    "Does a text look like the path of a file, there or not? Prompts have blanks."
+    named = r'[\w-]+\.[A-Za-z]{2,5}'
+    return bool(re.fullmatch(rf'[~./\\]\S*|[A-Za-z]:\\\S*|\S*/\S*|{named}', text.strip()))
+
+
+def _exists(file: Path) -> bool:
+    "Is there a file or a folder? A long text is no name."
+    try:
+        return file.exists()
+    except OSError:
+        return False
+
+
+def _file_of(source: str | os.PathLike) -> Path | None:
+    "The file that prompts are in; None: they are texts."
+    if not isinstance(source, str) or _is_place(source):
+        return as_path('prompts', source)
+    try:
+        file = as_path('prompts', source)
+    except ValueError:  # too long, or of several lines: texts
+        return None
+    return file if file.suffix.lower() in READERS or _exists(file) else None
+
+
 def read_prompts(
     source: str | os.PathLike,  # texts separated by semicolons; or a .txt, .jsonl or .json file
     limit: int | None = None,  # the first so many; None = all
 ) -> list[dict]:  # each with 'prompt', and with what else the file says of it
     "Prompts as the user gives them."
-    file = Path(source).expanduser()
-    ending = file.suffix.lower()
-    if ending not in READERS and not os.path.isfile(file):
-        texts = [p.strip() for p in str(source).split(';') if p.strip()]
+    file = _file_of(source)
+    if file is None:
+        texts = [p.strip() for p in source.split(';') if p.strip()]
         if not texts:
             raise ValueError(
                 f'prompts={source!r} is not allowed: give texts separated by semicolons, or a file.'
             )
         return [dict(prompt=text) for text in texts][:limit]
-    if ending not in READERS or not os.path.isfile(file):
-        fault = 'has an unknown ending' if os.path.isfile(file) else 'does not exist'
+    ending = file.suffix.lower()
+    if ending not in READERS or not file.is_file():
+        fault = 'has an unknown ending' if _exists(file) else 'does not exist'
         raise ValueError(
             f'prompts file {file} {fault}: '
             'give a .txt, .jsonl (GenEval) or .json (COCO captions) file.'
         )
-    found = READERS[ending](file.read_text(encoding='utf-8'))
-    if not found or any('prompt' not in f for f in found):
+    return _entries(file)[:limit]
+
+
+def _entries(file: Path) -> list[dict]:
+    "The prompts of a file."
+    try:
+        found = READERS[file.suffix.lower()](file.read_text(encoding='utf-8'))
+        whole = bool(found) and all('prompt' in entry for entry in found)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f'{file} cannot be read as prompts ({shown(e)}).') from e
+    if not whole:
         raise ValueError(f'{file} has no prompts, or an entry without "prompt".')
-    return found[:limit]
+    return found
 
 # %% ../nbs/5_diffusers/08_text_to_image.ipynb #ea508e05
 CARD = 'pictures.json'  # in an export: the digest of its prompts and pictures, and their number
@@ -125,7 +160,7 @@ def export_geneval(
     per_prompt: int = 4,  # pictures of a prompt
 ) -> Path:
     "Pictures in GenEval's layout: 00000/metadata.jsonl, 00000/samples/00000.png, ..."
-    files, out = picture_files(folder, per_prompt * len(prompts)), Path(out).expanduser()
+    files, out = picture_files(folder, per_prompt * len(prompts)), as_path('out', out)
     digest = _export_digest(prompts, files)
     if digest == _exported(out) == _export_digest(prompts, sorted(out.glob(SAMPLES))):
         return out
@@ -160,14 +195,20 @@ def geneval_scores(
     results: str | os.PathLike,  # results.jsonl of GenEval's tool: 'tag', 'correct' of each picture
 ) -> dict[str, float]:  # the columns of table 4
     "Share of correct pictures by task; Overall is the mean over tasks, as in GenEval's summary."
-    _check_results(Path(results))
-    frame = pd.read_json(results, lines=True)
-    if not {'tag', 'correct'} <= set(frame.columns):
+    results = as_path('results', results)
+    if not results.is_file():
+        raise FileNotFoundError(f'{results} is not there: run GenEval first.')
+    _check_results(results)
+    try:
+        frame = pd.read_json(results, lines=True)
+    except ValueError:
+        frame = pd.DataFrame()
+    if not {'tag', 'correct'} <= set(frame.columns) or not frame.correct.isin([True, False]).all():
         raise ValueError(
             f'{results} is not a results file of GenEval: '
-            'it needs "tag" and "correct" in every line.'
+            'it needs "tag" and "correct", true or false, in every line.'
         )
-    tasks = frame.groupby('tag').correct.mean()
+    tasks = frame.astype({'correct': float}).groupby('tag').correct.mean()
     scores = {name: 100 * tasks[tag] for tag, name in GENEVAL_TAGS.items() if tag in tasks}
     return scores | {'Overall': tasks.mean()}
 
@@ -211,13 +252,14 @@ def image_scores(
 ) -> dict[str, float]:  # FID, sFID, IS, PR, Recall
     "Scores of table 5 on Inception features; real images are fitted to the size of ours."
     for name, path in (('reference', reference), ('weights', weights)):
-        if not Path(path).exists():
+        if not as_path(name, path).exists():
             raise ValueError(
                 f'{name}={str(path)!r} does not exist: '
                 'name the folder of real images and the weights file of torch-fidelity.'
             )
     extractor = Inception(weights, check_choice('device', device, ('cpu', 'cuda')))
-    real = sorted(p for p in Path(reference).iterdir() if p.suffix.lower() in ENDINGS)
+    reference = as_path('reference', reference)
+    real = sorted(p for p in reference.iterdir() if p.suffix.lower() in ENDINGS)
     size = read_image(files[0]).shape[:2]
     ours = _heads(_Pictures(files), extractor, batch_size)
     theirs = _heads(_Pictures(real, size), extractor, batch_size)

@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from .coordinates import COORDINATES
-from .paths import NoisePath
+from .paths import check_path, NoisePath
 from .solvers import Solver
+from .utils import shown
 
 # %% ../nbs/1_method/07_transfer.ipynb #e7e3c15c
 def _moved_nodes(solver: Solver, path: NoisePath) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,9 @@ def change_path(
     path: NoisePath,  # the path to express it on
 ) -> Solver:  # the same method there; velocity becomes flow, and flow on the linear path velocity
     "Re-express a solver on another path at equal log-SNR; nodes beyond its ends move to them."
-    if path == solver.path:
+    if not isinstance(solver, Solver):
+        raise ValueError(f'solver={shown(solver)} is not allowed: give a Solver.')
+    if check_path(path) == solver.path:
         return solver
     coordinates = solver.coordinates
     if coordinates == 'velocity':

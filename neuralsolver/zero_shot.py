@@ -27,7 +27,7 @@ from ._pipeline_field import network_calls
 from .diffusers import MEAN_TRICKS
 from .pipelines import generators, prompt_arguments, scheduler_for
 from .store import Store
-from .utils import atomic_path, check_int
+from .utils import as_path, atomic_path, check_float, check_int
 
 # %% ../nbs/5_diffusers/07_zero_shot.ipynb #98f77ee0
 STOCK = ('own', 'euler', 'dpm++', 'unipc')
@@ -132,6 +132,8 @@ def check_renderings(
     "Refuse what cannot run, before anything does."
     for r in renderings:
         check_int('steps', r.steps)
+        if r.guidance is not None:
+            check_float('guidance', r.guidance, -1000, 1000)
         prompt_arguments(pipe, r.prompts, r.guidance, r.size)
         r.protocol(pipe)
     names = [r.folder for r in renderings]
@@ -147,13 +149,29 @@ def check_renderings(
             ) from e
 
 # %% ../nbs/5_diffusers/07_zero_shot.ipynb #623898c1
+def _values(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    "All tensors by name; those that accelerate keeps elsewhere are fetched from there."
+    found = dict(network.state_dict())
+    for place, module in network.named_modules():
+        hook = getattr(module, '_hf_hook', None)
+        for part in getattr(hook, 'hooks', [hook]):
+            kept = getattr(part, 'weights_map', None)
+            for key in module.state_dict() if kept is not None else ():
+                name = f'{place}.{key}'.strip('.')
+                if found[name].is_meta:
+                    found[name] = kept[key]
+    missing = [name for name, value in found.items() if value.is_meta]
+    if missing:
+        raise ValueError(f'{missing[0]} has no values (meta): load the pipeline with its weights.')
+    return found
+
+
 def _weights_digest(network: torch.nn.Module) -> str:
     "Hash of the names, types and bytes of all tensors."
     found = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(network.state_dict().items()):
+    for name, value in sorted(_values(network).items()):
         found.update(f'{name} {value.dtype} {list(value.shape)}'.encode())
-        if value.device.type != 'meta':  # else its values lie in a file
-            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
 
 
@@ -174,10 +192,10 @@ def render(
     progress: bool = True,  # tqdm progress bar
 ) -> Path:  # the folder
     "Make the pictures that are not there yet; a folder of another pipeline is a ValueError."
-    folder, own, r = Path(folder), pipe.scheduler, rendering
+    folder, own, r = as_path('folder', folder), pipe.scheduler, rendering
     check_int('batch_size', batch_size)
     _claim(folder, r.protocol(pipe) | dict(content=pipeline_digest(pipe)))
-    missing = [i for i in range(len(r.prompts)) if not _picture(folder, i).exists()]
+    missing = [i for i in range(len(r.prompts)) if not _is_picture(_picture(folder, i))]
     done = len(r.prompts) - len(missing)
     label = f'{r.solver} {r.steps}'
     bar = tqdm(total=len(r.prompts), initial=done, desc=label, disable=not progress)
@@ -213,6 +231,20 @@ def _picture(folder: str | os.PathLike, index: int) -> Path:
     return Path(folder) / f'{index:06d}.png'
 
 
+def _is_picture(file: Path) -> bool:
+    "Is it there, and whole? One that was cut is made again."
+    from PIL import Image
+
+    if not file.is_file():
+        return False
+    try:
+        with Image.open(file) as image:
+            image.load()
+        return True
+    except OSError:
+        return False
+
+
 def _write_picture(file: Path, image: np.ndarray):
     "A picture with values in [0, 1] as 8-bit PNG."
     from PIL import Image
@@ -242,7 +274,10 @@ def read_image(
     "One picture."
     from PIL import Image
 
-    return np.asarray(Image.open(file))
+    try:
+        return np.asarray(Image.open(file))
+    except OSError as e:
+        raise ValueError(f'{file} is cut or no picture ({e}): delete it, and render again.') from e
 
 # %% ../nbs/5_diffusers/07_zero_shot.ipynb #ad76ec10
 def compare(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neuralsolver import utils
+from neuralsolver import assets
 from neuralsolver.checkpoints import (
     Checkpoint,
     CHECKPOINTS,
@@ -146,7 +146,7 @@ def test_refusal_without_a_network_says_what_to_do(small, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError('no network')
 
-    monkeypatch.setattr(utils, '_fetch', offline)
+    monkeypatch.setattr(assets, '_fetch', offline)
     said = (
         'small.pt could not be fetched from https://huggingface.co/someone/FlowDCN'
         '.*no network.*NEURALSOLVER_CHECKPOINTS'
@@ -161,7 +161,7 @@ def test_refusal_of_a_wrong_hash_unless_the_file_is_named(small, monkeypatch):
     "A user may have another conversion of the same weights."
     net, path = small
     torch.save(net.state_dict(), path)
-    monkeypatch.setattr(utils, '_fetch', lambda file, source: str(path))
+    monkeypatch.setattr(assets, '_fetch', lambda file, source: str(path))
     assert same(load_model('small'), net)
     monkeypatch.setitem(CHECKPOINTS, 'small', CHECKPOINTS['small']._replace(sha256='0' * 64))
     with pytest.raises(ValueError, match='is not 0000'):

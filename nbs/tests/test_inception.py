@@ -151,7 +151,7 @@ def test_adms_batch_is_looked_for_and_its_source_named(tmp_path, monkeypatch):
         raise OSError('no network')
 
     monkeypatch.setenv('NEURALSOLVER_CHECKPOINTS', str(tmp_path))
-    monkeypatch.setattr('neuralsolver.utils._fetch', no_network)
+    monkeypatch.setattr('neuralsolver.assets._fetch', no_network)
     said = 'imagenet256_labeled.npz could not be fetched from https://openaipublic.*_CHECKPOINTS'
     with pytest.raises(FileNotFoundError, match=said):
         adm_reference_file(256)

@@ -148,7 +148,7 @@ def test_refusal_of_load_solver(args, words):
     [
         (('adam3', 8), ["solver='adam3'", 'adam2', 'sit-xl-2']),
         (('', 8), ["solver=''"]),
-        (('sit-xl-2', 0), ['steps=0', 'integer >= 1']),
+        (('sit-xl-2', 0), ['steps=0', 'an integer from 1']),
         (('sit-xl-2', 8.0), ['steps=8.0']),
     ],
 )

@@ -108,7 +108,7 @@ def test_order_on_the_flow_path(end, method, settings, order):
 @pytest.mark.parametrize('rule', ['ab2', 'dpm-solver++2m', 'unipc-2', 'deis-2'])
 def test_named_rules_converge_on_every_grid(rule, grid):
     "From noise to data; the start and the last step, both of order one, leave order two at most."
-    truth = sample(FLOW, X0, classical_solver('rk4@power-1.5', 400))
+    truth = sample(FLOW, X0, classical_solver('rk4@power-1.5', 250))
     steps = (10, 20, 40, 80)
     errors = [rms(sample(FLOW, X0, classical_solver(f'{rule}@{grid}', n)) - truth) for n in steps]
     assert errors[-1] < 0.02

@@ -18,7 +18,7 @@ from neuralsolver.solvers import Solver, sample
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning:diffusers.*')  # numpy 2
 CENTERS, STD = rand(4, 3, seed=1), 0.5
 MIXTURE, X0 = GaussianMixture(CENTERS, STD), rand(16, 3, seed=2)
-STEPS = (64, 128, 256)
+STEPS = (60, 120, 240)
 
 
 def warped(n):

@@ -227,7 +227,9 @@ def test_a_second_process_waits_and_says_so(tmp_path, capfd):
                 pass
         with store.lock():
             assert store.read() == dict(done=1)
-    assert 'a is in use by another teacher: waiting for it to end.' in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert 'a is in use by another teacher: waiting for it to end.' in said
+    assert f'process {holder.pid} on' in said and 'gives up in 10 minutes' in said
     start = time.perf_counter()
     with store.lock():
         pass

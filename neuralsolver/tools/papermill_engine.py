@@ -10,6 +10,7 @@ import ast
 import contextlib
 import difflib
 import json
+import math
 import os
 import re
 import sys
@@ -161,7 +162,29 @@ def _defined(
     return found
 
 # %% ../../nbs/tools/03_papermill_engine.ipynb #b1af4f1d
-MEANING = {'int': 'an integer', 'float': 'a number', 'str': 'a text'}
+MEANING = {
+    'int': 'an integer',
+    'float': 'a finite number',
+    'str': 'a text',
+    'bool': 'True or False',
+}
+SWITCHES = {'True': True, 'true': True, '1': True, 'False': False, 'false': False, '0': False}
+COUNTS = ('batch_size', 'processes', 'jobs', 'threads')  # ends of names; at least 1
+# the largest values, by the end of a parameter's name; the first that fits counts
+MOST = {
+    'seed': 2**63,
+    'steps': 10_000,
+    'batch_size': 100_000,
+    'guidance': 1000,
+    **dict.fromkeys(('threads', 'processes', 'jobs', 'workers', 'repeats', 'rounds'), 1024),
+    '': 10_000_000,
+}
+
+
+def _text(value: Any) -> str:
+    "A text or a number as a text, `~` expanded."
+    text = str(value) if isinstance(value, int | float) else os.fspath(value)
+    return os.path.expanduser(text) if re.match(r'~[\w.-]*(/|$)', text) else text
 
 
 def _convert(value: Any, kind: str) -> Any:
@@ -169,12 +192,33 @@ def _convert(value: Any, kind: str) -> Any:
     if kind not in MEANING:
         return value
     if kind == 'str':
-        return str(value) if isinstance(value, int | float) else os.fspath(value)
+        return _text(value)
+    if kind == 'bool':
+        if str(value) not in SWITCHES:
+            raise ValueError
+        return SWITCHES[str(value)]
     if isinstance(value, str):
-        return int(value) if kind == 'int' else float(value)
+        value = int(value) if kind == 'int' else float(value)
     if isinstance(value, bool) or not isinstance(value, int if kind == 'int' else int | float):
         raise TypeError
+    if not math.isfinite(value):
+        raise ValueError
     return value
+
+
+def _shown(value: Any) -> str:
+    "A value in a message: one line."
+    return ' '.join(repr(value).split())[:100]
+
+
+def _check_size(name: str, value: Any):
+    "ParameterError for a number that only a slip of the finger makes."
+    most = next(limit for end, limit in MOST.items() if name.endswith(end))
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and value < 1 and name.endswith(COUNTS):
+        raise ParameterError(f'{name}={value!r} is not allowed: give an integer >= 1.')
+    if number and abs(value) > most:
+        raise ParameterError(f'{name}={_shown(value)} is not allowed: give at most {most}.')
 
 
 def typed(
@@ -183,15 +227,17 @@ def typed(
     parameter: _Parameter,
 ) -> Any:
     "The value that the notebook gets; ParameterError if it is not allowed."
-    if parameter.optional and value in (None, 'None'):
+    if parameter.optional and (value is None or isinstance(value, str) and value == 'None'):
         return None
     try:
-        return _convert(value, parameter.kind)
-    except (TypeError, ValueError):
+        converted = _convert(value, parameter.kind)
+    except (TypeError, ValueError, OverflowError):
         raise ParameterError(
-            f'{name}={value!r} is not allowed: give {MEANING[parameter.kind]}'
+            f'{name}={_shown(value)} is not allowed: give {MEANING[parameter.kind]}'
             f'{", or None" if parameter.optional else ""}.'
         ) from None
+    _check_size(name, converted)
+    return converted
 
 # %% ../../nbs/tools/03_papermill_engine.ipynb #253271b0
 BUILT_IN = ('PAPERMILL_INPUT_PATH', 'PAPERMILL_OUTPUT_PATH')

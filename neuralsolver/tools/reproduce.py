@@ -6,7 +6,6 @@
 __all__ = ['reproduce']
 
 # %% ../../nbs/tools/07_reproduce.ipynb #1456515c
-import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -15,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -26,7 +24,10 @@ from tqdm import tqdm
 
 from neuralsolver.store import Store, read_card
 from neuralsolver.tools.manifest import Run, feeds, read_items, runs_of
+from neuralsolver.tools.processes import apart, end_group
 from neuralsolver.utils import (
+    as_path,
+    atomic_path,
     check_int,
     data_root,
     package_root,
@@ -56,6 +57,7 @@ IGNORED = (  # no number depends on these
     '_modidx.py',
     'tools/docs.py',
     'tools/manifest.py',
+    'tools/processes.py',
     'tools/reproduce.py',
     'tools/results_page.py',
     'tools/site_pages.py',
@@ -165,17 +167,12 @@ class _Active(NamedTuple):
     identity: dict[str, str]  # when it began
     cores: str  # what it had of them, in words
 
-
-def _end_with_parent():
-    "In a new process: have the system end it when its parent dies, for whatever reason."
-    if sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
-
 # %% ../../nbs/tools/07_reproduce.ipynb #5a932787
 def _start(run: Run, reports: Path, threads: int) -> subprocess.Popen:
     "Begin a run; its notebook and its log lie in reports/runs/."
     stamp = _stamp(run, reports)
-    stamp.unlink(missing_ok=True)  # from here on the outputs are not those of a finished run
+    for ending in ('.json', '.log', '.ipynb'):  # also if it is a link, which is not followed
+        stamp.with_suffix(ending).unlink(missing_ok=True)
     notebook = repository_root() / 'nbs' / f'{run.notebook}.ipynb'
     command = [sys.executable, '-m', 'papermill', str(notebook), str(stamp.with_suffix('.ipynb'))]
     given = dict(run.parameters) | dict(reports_dir=str(reports))
@@ -188,8 +185,7 @@ def _start(run: Run, reports: Path, threads: int) -> subprocess.Popen:
             stderr=log,
             env=os.environ | dict(OMP_NUM_THREADS=str(threads), MPLBACKEND='agg'),
             cwd=repository_root(),
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
+            **apart(),
         )
 
 # %% ../../nbs/tools/07_reproduce.ipynb #bb23e620
@@ -290,7 +286,7 @@ class Queue:
     def stop(self):
         "End all active runs."
         for active in self.active.values():
-            os.killpg(active.process.pid, signal.SIGTERM)
+            end_group(active.process)
         for active in self.active.values():
             active.process.wait()
 
@@ -304,8 +300,8 @@ def _lend_inputs(runs: Iterable[Run], reports: Path):
             name = file.relative_to(home).as_posix()
             target = reports / name
             if not target.exists() and name not in made:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(file, target)
+                with atomic_path(target) as tmp:  # a link that leads nowhere is replaced
+                    shutil.copy2(file, tmp)
 
 # %% ../../nbs/tools/07_reproduce.ipynb #ba7df114
 def reproduce(
@@ -315,7 +311,7 @@ def reproduce(
     progress: bool = True,  # tqdm progress bar, and a line for every run
 ) -> dict[str, str]:  # by run name: 'up to date', 'made in 8 s', or what went wrong
     "Make what is not up to date. An interruption ends the active runs; the same call resumes."
-    reports = Path(reports).resolve()
+    reports = as_path('reports', reports).resolve()
     queue = Queue(dict.fromkeys(runs.values()), reports, check_int('jobs', jobs))
     total = sum(run.minutes for run in queue.waiting)
     lock = Store(reports / 'runs' / 'card.json', {}, 'reproduce').lock(wait=False)

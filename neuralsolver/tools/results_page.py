@@ -240,16 +240,16 @@ On small stand-in models only ranks and ratios can be compared with the paper, n
 | item | status | in one sentence | run |
 |---|---|---|---|
 {% for i in items %}
-| [{{ i.title }}](#{{ i.item }}) | {{ i.status }} | {{ i.verdict }} | {{ state(i) }} |
+| [{{ i.title|text }}](#{{ i.item }}) | {{ i.status }} | {{ i.verdict|text }} | {{ state(i) }} |
 {% endfor %}
 {% for i in items %}
 
-## {{ i.title }}
+## {{ i.title|text }}
 
 <a id="{{ i.item }}"></a>
-{{ i.shows }}. Status: **{{ i.status }}**. {{ i.why }}
+{{ i.shows|text }}. Status: **{{ i.status }}**. {{ i.why|text }}
 
-**{{ i.verdict }}**
+**{{ i.verdict|text }}**
 
 {% for t in i.tables if t.rows %}
 {% if not loop.first %}<details><summary>{{ t.caption|e }}</summary>
@@ -276,12 +276,17 @@ Files: {% for n in i.links %}[{{ n }}]({{ n }}){{ ', ' if not loop.last }}{% end
 Nothing to run in this profile.
 {% else %}
 `{{ i.run.command }}`;
-{{ i|outcome }}
+{{ i|outcome|text }}
 {% endif %}
 {% endfor %}
 """
 
 # %% ../../nbs/tools/08_results_page.ipynb #7ab38fb7
+def as_text(value: object) -> str:
+    "Text in a page of Markdown, never HTML."
+    return escape(str(value), False)
+
+
 def _as_markdown(table: Shown) -> str:
     "A table whose cells cannot end it, nor hold HTML."
     frame = pd.DataFrame([[escape(c, False) for c in row] for row in table.rows])
@@ -359,6 +364,6 @@ def write_index(
     page = JINJA.from_string(CARD + HTML).render(common)
     write_text(reports / 'index.html', page)
     plain = JINJA.overlay(autoescape=False)
-    plain.filters |= dict(as_markdown=_as_markdown)
+    plain.filters |= dict(as_markdown=_as_markdown, text=as_text)
     text = plain.from_string(MARKDOWN).render(common)
     return write_text(reports / 'index.md', re.sub(r'\n{3,}', '\n\n', text).rstrip() + '\n')

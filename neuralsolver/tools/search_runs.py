@@ -30,7 +30,7 @@ from neuralsolver.solvers import Solver
 from neuralsolver.starts import check_start
 from neuralsolver.store import differences, Store
 from neuralsolver.teachers import Teacher, teacher_error, teacher_solver, teacher_trajectories
-from neuralsolver.utils import check_choice, check_float, check_int, indexed_noise, sha256
+from neuralsolver.utils import as_path, check_choice, check_float, check_int, indexed_noise, sha256
 from neuralsolver.utils import split_names, write_json, write_text
 
 # %% ../../nbs/tools/04_search_runs.ipynb #254c73a2
@@ -38,7 +38,7 @@ def read_records(
     file: str | os.PathLike,  # a table of records: lines of JSON with a name and a record
 ) -> dict[str, dict]:  # by name; empty if there is no such file
     "The records of a table."
-    file = Path(file)
+    file = as_path('file', file)
     if not file.exists():
         return {}
     lines = file.read_text(encoding='utf-8').splitlines()
@@ -53,7 +53,10 @@ def find_record(
     "A record from the working folder, or from the table."
     file = Path(folder) / f'{name}.json'
     if file.exists():
-        return json.loads(file.read_text(encoding='utf-8'))
+        try:
+            return dict(json.loads(file.read_text(encoding='utf-8')))
+        except (ValueError, TypeError) as e:
+            raise ValueError(f'{file} is damaged ({e}): delete it.') from e
     return read_records(f'{folder}.jsonl').get(name)
 
 
@@ -108,7 +111,7 @@ class SearchPlan:
             check_int(key, getattr(self, key))
         # a teacher has no fewer steps than its students
         check_int('teacher_steps', self.teacher_steps, self.steps)
-        if self.label is not None and not re.fullmatch(r'[\w.+-]+', self.label):
+        if self.label is not None and not re.fullmatch(r'\.*[\w+-][\w.+-]{0,99}', self.label):
             raise ValueError(
                 f'label={self.label!r} is not allowed: it is a part of file names, '
                 'give letters, digits and . _ + - only.'
@@ -166,13 +169,16 @@ def run_search(
     progress: bool = True,  # tqdm progress bars
 ) -> dict:  # the record: identity, solver, history, seconds, cost
     "One search, from its file or from the table if it is there; resumable."
-    store = Store(Path(folder) / f'{plan.name}.json', plan.identity, 'search')
+    folder = as_path('folder', folder)
+    store = Store(folder / f'{plan.name}.json', plan.identity, 'search')
     known = find_record(folder, plan.name)
     if known is not None:
+        if not isinstance(known.get('solver'), dict):
+            raise ValueError(f'{store.file} is damaged, it has no solver: delete it.')
         if said := differences(known['identity'], plan.identity):
             raise store.refusal(said)
         return known
-    field, teacher = search_pool(plan, Path(folder) / 'teachers', device, progress)
+    field, teacher = search_pool(plan, folder / 'teachers', device, progress)
     checkpoint = store.file.with_suffix('.ckpt')
     made_on = dict(searched_on=plan.model, guidance=plan.guidance, weights=plan.identity['weights'])
     found = search(
