@@ -191,7 +191,7 @@ def coefficients(claims, mixture, count=64, N=8):
     "Best coefficient of the evaluation before the newest [step, trajectory], on true trajectories."
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(count, *mixture.sample_shape, generator=g, dtype=torch.float64)
-    solver = adams_bashforth(2000, 4)
+    solver = adams_bashforth(1000, 4)
     teacher = ns.teachers.teacher_trajectories(mixture, noise, solver=solver, progress=False)
     nodes = torch.linspace(0, 1, N + 1, dtype=torch.float64)
     x, v = claims['exact_history'](mixture, teacher, nodes)

@@ -162,7 +162,7 @@ def test_search_on_a_pipelines_network(name, start, prompts):
     settings = dict(iterations=6, batch_size=4, eval_every=2, lr=0.02, race=0, start=start)
     if name == 'random-flux':
         net.enable_gradient_checkpointing()
-    given = dict(steps=3, cond=rows, teacher=12, progress=False) | settings
+    given = dict(steps=3, cond=rows, teacher=12, method='ours', progress=False) | settings
     kept, again = (
         ns.search(field, noise, **given, gradient_checkpointing=on) for on in (False, True)
     )

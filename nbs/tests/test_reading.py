@@ -177,12 +177,12 @@ def test_start_keeps_and_draws_the_searched_solver(started):
 
 
 def test_start_shows_the_interface_that_is_there():
-    "The code in its prose is run as it stands, on fewer noises and iterations."
+    "The code in its prose is run as it stands, on fewer noise samples and one start."
     import neuralsolver as ns
 
     prose = '\n'.join(text(c) for c in cells('start') if c['cell_type'] == 'markdown')
     (code,) = re.findall(r'```python\n(.*?)```', prose, re.S)
-    fast = 'steps=2, iterations=2, teacher=4, race=0, batch_size=8, progress=False'
+    fast = 'steps=2, teacher=4, race=1, batch_size=8, progress=False'
     small = code.replace('320', '24').replace('steps=5', fast)
     assert small.count('24') == 2
     space = dict(ns=ns, torch=torch)

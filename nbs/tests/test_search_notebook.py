@@ -235,9 +235,9 @@ def test_benchmark_writes_its_files(tmp_path):
     times = pd.read_csv(tmp_path / 'benchmark.csv')
     protocol = json.loads((tmp_path / 'benchmark.json').read_text())
     variants = times.groupby('group')['variant'].nunique().to_dict()
-    schedulers = {'flow scheduler': 4, 'VP scheduler': 4}
+    schedulers = {'flow scheduler': 4, 'VP scheduler': 4, 'k-diffusion': 3}
     assert variants == {'sample': 4, 'guidance': 2, 'import': 3, 'evaluation': 2} | schedulers
-    assert len(times) == 3 * (4 + 2 + 4 + 4) + 3 * 2 + 3 and (times['seconds'] > 0).all()
+    assert len(times) == 3 * (4 + 2 + 4 + 4 + 3) + 3 * 2 + 3 and (times['seconds'] > 0).all()
     parts = times[times['group'] == 'evaluation']
     parts = parts.pivot(index='repeat', columns='variant', values='seconds')
     assert (parts['network'] < parts['all']).all()
