@@ -7,6 +7,7 @@ __all__ = ['TIME_STEP', 'SMALLEST', 'LARGEST', 'REFUSALS', 'flat_tables', 'state
            'robust', 'phase_loss', 'residuals', 'Linear', 'Landscape', 'Runner', 'advance']
 
 # %% ../nbs/2_learning/09_gauss_newton.ipynb #50dfd484
+import math
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -85,17 +86,18 @@ def takes_own_times(
     return both.shape == x.shape and torch.allclose(both, torch.cat(apart), 1e-2, 1e-4)
 
 # %% ../nbs/2_learning/09_gauss_newton.ipynb #b621fcdb
-SMALLEST = 1e-3  # an error below it weighs as much as this one
+SMALLEST = 1e-3  # errors below it count by their square
 LARGEST = 10.0  # what a state without a number counts
 
 
 def robust(
     e: Tensor,  # errors
-    scale: float | None,  # s of Geman and McClure; None = the error itself
+    scale: float | None,  # s of Geman and McClure; None = the error itself, rounded at 0
 ) -> tuple[Tensor, Tensor]:  # rho(e), rho'(e) / e
     "The loss of an error, and the weight of its residuals."
     if scale is None:
-        return e, 1 / e.clamp(min=SMALLEST)
+        rounded = (e.square() / SMALLEST + SMALLEST) / 2
+        return torch.where(e < SMALLEST, rounded, e), 1 / e.clamp(min=SMALLEST)
     s2, e2 = scale**2, e.square()
     return e2 / (e2 + s2), 2 * s2 / (e2 + s2).square()
 
@@ -186,28 +188,32 @@ def linear(
     phase: Phase,  # gives w and rho
     index: Tensor,  # members of the pool
     generator: torch.Generator,  # of the random signs
-) -> Linear:
-    "Loss, gradient and sketched matrix at a point; an infinite loss where there is no solver."
+    most: float = math.inf,  # sum of the losses that must not be exceeded
+) -> Linear | None:  # None = there is no solver, or the sum is exceeded
+    "Loss, gradient and sketched matrix at a point."
     try:
         tables = flat_tables(self.solver(parameters))
     except ValueError:  # a time delta has vanished
-        return Linear(float('inf'), parameters, parameters)
+        return None
     each = torch.eye(len(tables), dtype=tables.dtype)
     parts = torch.autograd.grad(
         tables, self.free, each, is_grads_batched=True, materialize_grads=True
     )
     to_parameters = torch.cat([p.flatten(1) for p in parts], 1)  # [T, P]
-    P, loss = len(parameters), 0.0
+    P, losses = len(parameters), tables.new_zeros(0)
     gradient, matrix = tables.new_zeros(P), tables.new_zeros(P, P)
     for part in index.split(self.recipe.batch_size):
-        losses, vectors = self.backward(tables.detach(), phase, part, generator)
+        some, vectors = self.backward(tables.detach(), phase, part, generator)
         vectors = vectors.double().cpu().nan_to_num(0, 0, 0) @ to_parameters  # [1 + S, B, P]
-        loss += losses.sum().item()
+        vectors = self.tempered(vectors)
+        losses = torch.cat([losses, some.to(losses)])
         gradient += vectors[0].sum(0)
         sketch = vectors[1:].flatten(0, 1)
         matrix += sketch.T @ sketch / self.recipe.projections
+        if losses.sum() > most:
+            return None
     M = len(index)
-    return Linear(loss / M, gradient / M, matrix / M)
+    return Linear(losses.mean().item(), gradient / M, matrix / M)
 
 
 @patch
@@ -232,6 +238,20 @@ def backward(
     keep = [True] * self.recipe.projections + [False]
     vectors = [torch.autograd.grad(r, copies, v, retain_graph=k)[0] for v, k in zip(seeds, keep)]
     return losses, torch.stack(vectors)
+
+# %% ../nbs/2_learning/09_gauss_newton.ipynb #efda0e58
+@patch
+def tempered(
+    self: Landscape,
+    vectors: Tensor,  # of the gradient and the sketch [1 + S, B, P]
+) -> Tensor:  # the same, those of very sensitive samples shorter
+    "Bound the influence of a sample on a step."
+    limit = self.recipe.influence
+    if limit is None:
+        return vectors
+    square = vectors[1:].square().sum((0, 2))
+    trust = (limit * square.median() / square.clamp(min=1e-300)).clamp(max=1)
+    return torch.cat([trust[:, None] * vectors[:1], trust.sqrt()[:, None] * vectors[1:]])
 
 # %% ../nbs/2_learning/09_gauss_newton.ipynb #ee698f56
 REFUSALS = 6  # steps in a row that may be refused
@@ -271,15 +291,14 @@ def advance(
         return
     at = Linear(**runner.at)
     delta, promised = at.move(runner.damping)
-    there = landscape.linear(runner.parameters + delta, phase, index, generator)
-    fall = at.loss - there.loss
+    there = landscape.linear(
+        runner.parameters + delta, phase, index, generator, at.loss * len(index)
+    )
+    fall = 0.0 if there is None else at.loss - there.loss
     if fall > 0:
         gain = min(fall / max(promised, 1e-30), 1.5)
         runner.damping = max(runner.damping * max(1 / 3, 1 - (2 * gain - 1) ** 3), 1e-9)
-        share = landscape.recipe.memory
-        matrix = (1 - share) * there.matrix + share * at.matrix
-        runner.parameters, runner.growth = runner.parameters + delta, 2.0
-        runner.at = vars(there) | dict(matrix=matrix)
+        runner.parameters, runner.at, runner.growth = runner.parameters + delta, vars(there), 2.0
     else:
         runner.damping *= runner.growth
         runner.growth *= 2

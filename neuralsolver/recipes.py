@@ -219,8 +219,8 @@ PHASES = (  # the whole way on few samples; the end point on all; those that can
     Phase(1.0, 6, members=64),
     Phase(0.2, 6, members=64),
     Phase(0.0, 6, runners=1),
-    Phase(0.0, 5, scale=0.1),
-    Phase(0.0, 5, scale=0.05),
+    Phase(0.0, 6, scale=0.1),
+    Phase(0.0, 6, scale=0.05),
 )
 
 # %% ../nbs/2_learning/06_recipes.ipynb #7c1e5a02
@@ -234,8 +234,8 @@ class GaussNewton(Method):
     race: int = 3  # the nearest starts that run
     phases: tuple[Phase, ...] = PHASES
     projections: int = 2  # backward passes of random signs, which estimate the matrix
+    influence: float | None = 30.0  # squared length of a sample's sketch, medians; None = any
     damping: float = 0.01  # lambda of every first iteration
-    memory: float = 0.0  # share of the earlier matrices in the present one
     tolerance: float = 0.01  # a phase ends where the loss falls by less, relatively
     batch_size: int = 32  # trajectories differentiated at a time
 
@@ -246,7 +246,8 @@ class GaussNewton(Method):
         if self.order is not None:
             check_int('order', self.order)
         check_float('damping', self.damping, 1e-12)
-        check_float('memory', self.memory, 0)
+        if self.influence is not None:
+            check_float('influence', self.influence, 1e-12)
         check_float('tolerance', self.tolerance, 0)
         if not self.phases or self.phases[-1].members is not None:
             raise ValueError(

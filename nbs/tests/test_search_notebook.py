@@ -359,3 +359,26 @@ def test_refusal_by_the_study_before_any_run(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         in_process('studies/search_study', reports_dir=str(tmp_path), **change)
     assert not (tmp_path / 'search_study').exists()
+
+
+@pytest.fixture(scope='module')
+def seeds(tmp_path_factory):
+    "The study of seeds, two searches of two evaluations."
+    folder = tmp_path_factory.mktemp('seeds')
+    small = dict(models='fashion-mixture', steps='2', seeds='0,1', samples=12, heldout=4)
+    in_process('studies/search_seeds', **small, fresh=8, choose=8, reports_dir=str(folder))
+    return folder / 'search_seeds'
+
+
+def test_the_study_of_seeds_ships_the_seed_that_its_own_noise_chose(seeds):
+    table = pd.read_csv(seeds / 'seeds.csv').set_index('seed')
+    row = pd.read_csv(seeds / 'tables.csv').iloc[0]
+    shipped = load_solver(seeds / 'tables' / 'fashion-mixture-2.json')
+    assert shipped.digest == table.digest[row.seed]
+    assert row.new_mean == pytest.approx(table.mean_error[row.seed], rel=1e-5)
+    assert row.ships == 'new' and pd.isna(row.earlier_mean)  # there was no table of two
+    assert '-p seeds' in shipped.provenance['command']
+    kept = record(seeds / 'runs', f'fashion-mixture-2_gauss-newton_s{row.seed}')
+    assert kept['digest'] == shipped.digest
+    calls = sum(v for k, v in kept['cost'].items() if k != 'backward')
+    assert table.evaluations[row.seed] == calls

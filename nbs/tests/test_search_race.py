@@ -62,7 +62,7 @@ def exact(landscape, point, task, phase):
 @pytest.mark.parametrize('scale', [None, 0.1])
 def test_the_sketch_has_the_exact_matrix_as_its_mean(field, family, scale):
     task = Task(field, 4, TEACHERS[field.path], TRAIN)
-    recipe = GaussNewton(family=family, projections=300, batch_size=48)
+    recipe = GaussNewton(family=family, projections=300, batch_size=48, influence=None)
     landscape = Landscape(task, recipe, start_on(field.path), dict(forward=0, backward=0))
     phase = Phase(0.3, 1, scale=scale)
     signs = torch.Generator().manual_seed(0)
@@ -73,6 +73,14 @@ def test_the_sketch_has_the_exact_matrix_as_its_mean(field, family, scale):
     assert found.loss == pytest.approx(loss.item(), rel=1e-9)
     torch.testing.assert_close(found.gradient, gradient, rtol=1e-6, atol=1e-9)
     assert (found.matrix - matrix).norm() < 0.1 * matrix.norm()
+
+
+@pytest.mark.parametrize('scale', [None, 0.1])
+def test_the_weights_are_those_of_the_loss_for_errors_of_every_size(scale):
+    e = torch.logspace(-6, 0.9, 60, dtype=torch.float64).expand(3, -1).clone().requires_grad_()
+    loss, weight = phase_loss(e, Phase(0.3, 1, scale=scale))
+    (slope,) = torch.autograd.grad(loss.sum(), e)
+    torch.testing.assert_close(slope, weight * e)
 
 
 def test_batches_and_recomputation_change_nothing():
@@ -134,6 +142,31 @@ def test_a_step_that_does_not_help_is_refused():
         advance(runner, landscape, phase, index, torch.Generator().manual_seed(k))
     assert (torch.tensor(runner.losses).diff() <= 0).all()
     assert runner.at['loss'] == runner.losses[-1]
+
+
+def test_a_very_sensitive_sample_is_bounded():
+    task = Task(FIELD, 4, TEACHER, TRAIN)
+    landscape = Landscape(task, GaussNewton(influence=4.0), start_on(task.path), {})
+    vectors = torch.ones(3, 9, 5, dtype=torch.float64)
+    vectors[:, 4] *= 100
+    found = landscape.tempered(vectors)
+    torch.testing.assert_close(found[1:, 4], torch.full_like(found[1:, 4], 2.0))  # sqrt(4)
+    torch.testing.assert_close(found[0, 4], torch.full_like(found[0, 4], 100 * 4e-4))
+    rest = [k for k in range(9) if k != 4]
+    assert torch.equal(found[:, rest], vectors[:, rest])
+
+
+def test_a_point_that_cannot_be_better_is_given_up_early():
+    task = Task(FIELD, 4, TEACHER, TRAIN)
+    cost = dict(forward=0, backward=0)
+    landscape = Landscape(task, GaussNewton(batch_size=8), start_on(task.path), cost)
+    phase, index, signs = Phase(0.0, 1), torch.arange(TRAIN), torch.Generator()
+    here = landscape.linear(landscape.start, phase, index, signs)
+    assert cost['forward'] == TRAIN * 4
+    bad = landscape.start + torch.linspace(-2, 2, len(landscape.start)).double()
+    assert landscape.linear(bad, phase, index, signs, here.loss * TRAIN) is None
+    assert cost['forward'] < TRAIN * 4 + TRAIN * 4
+    assert landscape.linear(bad, phase, index, signs).loss > here.loss
 
 
 def test_a_field_of_one_time_is_differentiated_all_the_same():
