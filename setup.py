@@ -46,7 +46,7 @@ setup(
     package_dir={'neuralsolver': 'neuralsolver', 'neuralsolver.assets': 'data'},
     package_data={
         'neuralsolver.assets': [
-            f'**/*.{ext}' for ext in ('json', 'safetensors', 'npz', 'csv', 'md')
+            f'**/*.{ext}' for ext in ('json', 'jsonl', 'safetensors', 'npz', 'csv', 'md')
         ]
     },
     exclude_package_data={'neuralsolver.assets': ['golden/**']},

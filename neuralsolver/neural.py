@@ -9,9 +9,7 @@ __all__ = ['FAMILIES', 'neural_solver', 'NeuralSolver', 'error_bound', 'list_sol
 # %% ../nbs/2_learning/01_neural.ipynb #74fc4031
 import json
 import os
-import re
 from functools import cache
-from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -22,7 +20,7 @@ from .coordinates import COORDINATES
 from .rules import check_rule, classical_names, classical_rules, classical_solver
 from .solvers import save_solver, Solver
 from .utils import MOST_EVALUATIONS, as_numbers, as_path, check_choice, check_float
-from .utils import check_int, check_steps, data_file, data_root, shown
+from .utils import check_int, check_steps, data_file, shown
 
 # %% ../nbs/2_learning/01_neural.ipynb #75be929d
 def neural_solver(
@@ -236,18 +234,19 @@ def _published() -> dict:  # {name: {'path', 'prediction', 'steps': {N: numbers}
     return json.loads(data_file('published_solvers.json').read_text())
 
 
-def _searched() -> dict[str, dict[int, Path]]:  # {name: {steps: file}}
+@cache
+def _searched() -> dict[str, dict[int, dict]]:  # {name: {steps: solver}}
     tables = {}
-    for file in (data_root() / 'solvers').glob('*.json'):
-        if m := re.fullmatch(r'(.+)-(\d+)', file.stem):
-            tables.setdefault(m[1], {})[int(m[2])] = file
+    for line in data_file('searched_solvers.jsonl').read_text().splitlines():
+        solver = json.loads(line)
+        tables.setdefault(solver['name'], {})[solver['steps']] = solver
     return tables
 
 
 def list_solvers() -> dict[str, list[int]]:
     "Names of the searched solvers, the published ones first, and the steps that have tables."
     names = {name: sorted(map(int, table['steps'])) for name, table in _published().items()}
-    return names | {name: sorted(files) for name, files in sorted(_searched().items())}
+    return names | {name: sorted(found) for name, found in sorted(_searched().items())}
 
 # %% ../nbs/2_learning/01_neural.ipynb #ba80a186
 def _load_published(name: str, steps: int, rounded: bool) -> Solver:
@@ -331,7 +330,7 @@ def load_solver(
         )
     if name in _published():
         return _load_published(name, steps, rounded)
-    return _load_file(_searched()[name][steps], steps)
+    return Solver.from_dict(_searched()[name][steps])
 
 # %% ../nbs/2_learning/01_neural.ipynb #54d624db
 def _node_curve(name: str, count: int, parts: np.ndarray) -> np.ndarray:

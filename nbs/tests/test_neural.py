@@ -159,13 +159,16 @@ def test_refusal_of_get_solver(args, words):
 def test_a_searched_file_is_found_by_name(tmp_path, monkeypatch):
     import neuralsolver.neural as module
 
-    (tmp_path / 'solvers').mkdir()
-    module.save_solver(load_solver('flowdcn-b-2', 7), tmp_path / 'solvers/my-model-7.json')
-    monkeypatch.setattr(module, 'data_root', lambda: tmp_path)
-    assert (
-        list_solvers()['my-model'] == [7]
-        and get_solver('my-model', 7).digest == load_solver('flowdcn-b-2', 7).digest
+    table = replace(load_solver('flowdcn-b-2', 7), name='my-model')
+    file = tmp_path / 'searched_solvers.jsonl'
+    file.write_text(json.dumps(table.to_dict()) + '\n')
+    there = module.data_file
+    monkeypatch.setattr(
+        module, 'data_file', lambda name: file if name == file.name else there(name)
     )
+    monkeypatch.setattr(module, '_searched', module._searched.__wrapped__)
+    assert list_solvers()['my-model'] == [7]
+    assert get_solver('my-model', 7).digest == load_solver('flowdcn-b-2', 7).digest
     with pytest.raises(ValueError, match='steps = 7'):
         load_solver('my-model', 8)
 

@@ -177,7 +177,7 @@ from neuralsolver.utils import data_root, reports_root
 result = ns.sample(lambda x, t: -x, torch.ones(2, 3), ns.load_solver('sit-xl-2', steps=8))
 print(json.dumps([ns.__file__, str(data_root()), str(reports_root()), list(result.shape)]))
 """
-DATA = ('.json', '.safetensors', '.npz', '.csv', '.md')
+DATA = ('.json', '.jsonl', '.safetensors', '.npz', '.csv', '.md')
 
 
 def check_files(tree, target):
