@@ -276,6 +276,6 @@ SIZES = {  # name: depth, hidden size, heads
     'B': dict(depth=12, hidden_size=768, num_heads=12),
     'L': dict(depth=24, hidden_size=1024, num_heads=16),
     'XL': dict(depth=28, hidden_size=1152, num_heads=16),
-    'mini': dict(depth=6, hidden_size=224, num_heads=7),
+    'mini': dict(depth=7, hidden_size=160, num_heads=5),
     'tiny': dict(depth=4, hidden_size=160, num_heads=5),
 }
