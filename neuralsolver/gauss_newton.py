@@ -186,10 +186,11 @@ def linear(
     self: Landscape,
     parameters: Tensor,  # [P]
     phase: Phase,  # gives w and rho
-    index: Tensor,  # members of the pool
+    index: Tensor,  # members of the pool [M]
     generator: torch.Generator,  # of the random signs
-    most: float = math.inf,  # sum of the losses that must not be exceeded
-) -> Linear | None:  # None = there is no solver, or the sum is exceeded
+    most: float = math.inf,  # loss that must not be exceeded
+    counts: Tensor | None = None,  # how many members each of them stands for [M]; None = one
+) -> Linear | None:  # None = there is no solver, or the loss is exceeded
     "Loss, gradient and sketched matrix at a point."
     try:
         tables = flat_tables(self.solver(parameters))
@@ -200,20 +201,21 @@ def linear(
         tables, self.free, each, is_grads_batched=True, materialize_grads=True
     )
     to_parameters = torch.cat([p.flatten(1) for p in parts], 1)  # [T, P]
-    P, losses = len(parameters), tables.new_zeros(0)
+    share = tables.new_ones(len(index)) if counts is None else counts.to(tables)
+    share = share / share.sum()
+    P, loss = len(parameters), 0.0
     gradient, matrix = tables.new_zeros(P), tables.new_zeros(P, P)
-    for part in index.split(self.recipe.batch_size):
+    for part, s in zip(index.split(self.recipe.batch_size), share.split(self.recipe.batch_size)):
         some, vectors = self.backward(tables.detach(), phase, part, generator)
         vectors = vectors.double().cpu().nan_to_num(0, 0, 0) @ to_parameters  # [1 + S, B, P]
         vectors = self.tempered(vectors)
-        losses = torch.cat([losses, some.to(losses)])
-        gradient += vectors[0].sum(0)
-        sketch = vectors[1:].flatten(0, 1)
+        loss += (s @ some.to(s)).item()
+        gradient += s @ vectors[0]
+        sketch = (s.sqrt()[:, None] * vectors[1:]).flatten(0, 1)
         matrix += sketch.T @ sketch / self.recipe.projections
-        if losses.sum() > most:
+        if loss > most:
             return None
-    M = len(index)
-    return Linear(losses.mean().item(), gradient / M, matrix / M)
+    return Linear(loss, gradient, matrix)
 
 
 @patch
@@ -265,7 +267,7 @@ class Runner:
     start: dict | None  # the solver it began at, as a dictionary; None = Euler
     parameters: Tensor  # where it is
     damping: float  # lambda
-    error: float  # mean error, where it was measured last
+    errors: Tensor | None = None  # of the members in the loss, where they were measured last
     losses: list = field(default_factory=list)  # F after every iteration of the present phase
     at: dict | None = None  # the `Linear` of where it is; None = not known in this phase
     growth: float = 2.0  # what a refused step multiplies lambda by
@@ -283,17 +285,17 @@ def advance(
     phase: Phase,
     index: Tensor,  # members of the pool
     generator: torch.Generator,
+    counts: Tensor | None = None,  # how many members each of them stands for
 ):
     "One iteration of Levenberg and Marquardt: a step is tried, and taken if F falls."
     if runner.at is None:
-        runner.at = vars(landscape.linear(runner.parameters, phase, index, generator))
+        start = landscape.linear(runner.parameters, phase, index, generator, counts=counts)
+        runner.at = vars(start)
         runner.losses.append(runner.at['loss'])
         return
     at = Linear(**runner.at)
     delta, promised = at.move(runner.damping)
-    there = landscape.linear(
-        runner.parameters + delta, phase, index, generator, at.loss * len(index)
-    )
+    there = landscape.linear(runner.parameters + delta, phase, index, generator, at.loss, counts)
     fall = 0.0 if there is None else at.loss - there.loss
     if fall > 0:
         gain = min(fall / max(promised, 1e-30), 1.5)

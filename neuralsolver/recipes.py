@@ -203,7 +203,8 @@ class Phase:
     state_weight: float  # w of the states before the end point
     iterations: int  # most, of every runner
     scale: float | None = None  # of the end point's loss, see `robust`; None = its distance
-    members: int | None = None  # of the pool; None = all that are in the loss
+    members: int | None = None  # most of the pool; None = all that are in the loss
+    far: bool = False  # half of these members are the furthest away, the others count for the rest
     runners: int | None = None  # the best of them go on; None = all that are left
 
     def __post_init__(self):
@@ -213,14 +214,17 @@ class Phase:
                 check_int(key, getattr(self, key))
         if self.scale is not None:
             check_float('scale', self.scale, 1e-12)
+        if self.far and (self.members is None or self.members < 2):
+            raise ValueError('far=True needs a number of members >= 2: give members=120.')
 
 
-PHASES = (  # the whole way on few samples; the end point on all; those that can be followed
+PHASES = (  # the whole way; the end point where it is far; where it can be followed
     Phase(1.0, 6, members=64),
-    Phase(0.2, 6, members=64),
-    Phase(0.0, 6, runners=1),
-    Phase(0.0, 6, scale=0.1),
-    Phase(0.0, 6, scale=0.05),
+    Phase(0.2, 4, members=64),
+    Phase(0.0, 8, members=100, far=True),
+    Phase(0.0, 8, members=160, far=True, runners=1),
+    Phase(0.0, 8, members=160, far=True),
+    Phase(0.0, 5, members=250, scale=0.05),
 )
 
 # %% ../nbs/2_learning/06_recipes.ipynb #7c1e5a02
@@ -249,10 +253,12 @@ class GaussNewton(Method):
         if self.influence is not None:
             check_float('influence', self.influence, 1e-12)
         check_float('tolerance', self.tolerance, 0)
-        if not self.phases or self.phases[-1].members is not None:
+        last = self.phases[-1] if self.phases else None
+        alone = self.race == 1 or any(phase.runners == 1 for phase in self.phases)
+        if last is None or last.state_weight or not alone:
             raise ValueError(
-                'the last phase must use the whole pool: its iterates are judged. '
-                'Give phases=(..., Phase(0.0, 4)), without members.'
+                'the last phase must look at the end point alone, with one runner: its iterate '
+                'is judged. Give phases=(..., Phase(0.0, 4, runners=1)).'
             )
         if not isinstance(self.start, str):
             raise ValueError(f'start={self.start!r} is not allowed: give a name.')

@@ -304,7 +304,10 @@ def _provenance(task: Task, method: str, found: _Learned) -> dict:
     "What a searched solver was made from."
     state, teacher = found.state, task.teacher.solver
     sure = found.confidence
-    said = {} if sure is None else dict(heldout_error=sure.statistics['mean'], verdict=sure.verdict)
+    said = {}
+    if sure is not None:
+        mean, interval = sure.statistics['mean'], list(sure.interval)
+        said = dict(heldout_error=mean, heldout_interval=interval, verdict=sure.verdict)
     return said | dict(
         method=method,
         paper='arXiv 2505.21114',
