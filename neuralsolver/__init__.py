@@ -10,7 +10,7 @@ import pkgutil
 
 _EXPORTS = {  # module: its names that are reached as neuralsolver.NAME
     'paths': ['NoisePath', 'LinearPath', 'ShiftedPath', 'VPPath', 'DDPMPath'],
-    'fields': ['Field', 'GaussianMixture', 'guide'],
+    'fields': ['Field', 'GuidanceRange', 'GaussianMixture', 'guide'],
     'solvers': ['Solver', 'sample', 'save_solver'],
     'classical': ['uniform_grid', 'euler', 'midpoint', 'heun', 'rk4', 'adams_bashforth', 'adam2', 'adam4'],
     'transfer': ['change_path'],

@@ -18,7 +18,7 @@ from neuralsolver.checkpoints import (
     load_weights,
     make_model,
 )
-from neuralsolver.fields import Field
+from neuralsolver.fields import Field, GuidanceRange
 from neuralsolver.models import SIZES
 from neuralsolver.neural import get_solver, load_solver
 from neuralsolver.paths import VPPath
@@ -267,6 +267,19 @@ def test_fidelity_of_the_tiny_models_to_their_classes(name):
     images = sample(Field(net, guidance=2.0), noise, load_solver(TRAINED[name], 8), labels)
     nearest = torch.cdist(images.flatten(1), mixture.centers).argmin(1)
     assert (mixture.labels[nearest] == labels).float().mean() >= 0.7  # 0.1 by chance
+
+
+@pytest.mark.parametrize('name', [*TRAINED, 'fashion-mixture'])
+@torch.inference_mode()
+def test_fidelity_of_a_range_of_guidance_scales_to_each_of_them(name):
+    net, labels = load_model(name), torch.tensor([3, 0, 9, 10])
+    solver = load_solver(TRAINED.get(name, 'sit-xl-2'), 5)
+    noise, scales = indexed_noise(range(4), net.sample_shape, 778), [1.0, 1.5, 4.0, 2.0]
+    cond = torch.stack([labels.float(), torch.tensor(scales)], 1)
+    together = sample(GuidanceRange(net), noise, solver, cond)
+    for i, scale in enumerate(scales):
+        alone = sample(Field(net, guidance=scale), noise[i : i + 1], solver, labels[i : i + 1])
+        assert torch.allclose(together[i : i + 1], alone, atol=2e-4)
 
 
 @torch.inference_mode()

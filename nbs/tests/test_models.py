@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from neuralsolver.checkpoints import load_weights, make_model, save_model
-from neuralsolver.fields import Field, guide
+from neuralsolver.fields import Field, guide, GuidanceRange
 from neuralsolver.flowdcn import FlowDCN
 from neuralsolver.kernels import deformable_gather
 from neuralsolver.models import DiT, SiT
@@ -124,6 +124,8 @@ def test_fidelity_of_a_dit_field_without_options():
     epsilon = torch.cat([guided, cond[:, 3:4]], 1)
     field, path = Field(net, guidance=1.5), VPPath()
     close(field(x, t, y), epsilon, 1e-5)
+    each = torch.stack([y.float(), torch.full((3,), 1.5)], 1)
+    close(GuidanceRange(net)(x, t, each), epsilon, 1e-5)
     close(field.on(path, 'data')(x, t, y), (x - path.sigma(t) * epsilon) / path.alpha(t), 1e-3)
 
 
