@@ -382,3 +382,41 @@ def test_the_study_of_seeds_ships_the_seed_that_its_own_noise_chose(seeds):
     assert kept['digest'] == shipped.digest
     calls = sum(v for k, v in kept['cost'].items() if k != 'backward')
     assert table.evaluations[row.seed] == calls
+
+
+@pytest.fixture(scope='module')
+def guided(tmp_path_factory):
+    "The study of guidance, three searches of two evaluations and one of a class."
+    folder = tmp_path_factory.mktemp('guided')
+    small = dict(models='fashion-mixture', steps='2', scales='1,2', samples=12, heldout=4)
+    small |= dict(fresh=8, choose=8, screen='2,3,4', classes='3', class_steps=2)
+    in_process('studies/guidance_tables', **small, reports_dir=str(folder))
+    return folder / 'guidance_tables'
+
+
+def test_the_study_of_guidance_ships_what_its_own_noise_chose(guided):
+    row = pd.read_csv(guided / 'tables.csv').iloc[0]
+    at = pd.read_csv(guided / 'guidance.csv').set_index(['table', 'scale'])
+    choice = row.filter(like='choice: ').astype(float)
+    best = choice.idxmin().removeprefix('choice: ')
+    assert row.ships == (best if best != 'guidance 1' else 'none')
+    files = list((guided / 'tables').glob('*.json'))
+    assert len(files) == (row.ships != 'none')
+    if files:
+        solver = load_solver(files[0])
+        assert (solver.name, solver.steps) == ('fashion-mixture-guided', 2)
+        assert solver.digest == at.digest[row.ships, 2.0]
+        expected = at.mean_error[row.ships, 2.0] / at.mean_error['guidance 1', 2.0]
+        assert row.ratio == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_study_of_guidance_finds_its_records_again(guided):
+    labels = {f.stem.split('_')[1] for f in (guided / 'runs').glob('*.json')}
+    assert labels == {'g1', 'g2', 'g1-4', 'class-3'}
+    ranged = record(guided / 'runs', 'fashion-mixture-2_g1-4_s0')
+    assert ranged['solver']['provenance']['guidance'] == '1 to 4'
+    summary = pd.read_csv(guided / 'summary.csv')
+    assert (summary[summary.table == 'guidance 1'].ratio == 1).all()
+    by_class = pd.read_csv(guided / 'classes.csv').iloc[0]
+    expected = by_class.own_mean_error / by_class.joint_mean_error
+    assert by_class['class'] == 3 and by_class.ratio == pytest.approx(expected, rel=1e-4)

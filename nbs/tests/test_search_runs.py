@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from neuralsolver.classical import adams_bashforth, euler
+from neuralsolver.fields import Field
 from neuralsolver.losses import heldout_rmse
 from neuralsolver.recipes import METHODS
 from neuralsolver.solvers import sample, Solver
 from neuralsolver.store import read_card
 from neuralsolver.teachers import teacher_solver, teacher_trajectories
 from neuralsolver.tools import search_runs
-from neuralsolver.tools.search_runs import run_search, SCORE_GROUPS, Scorer, Row, SearchPlan
+from neuralsolver.tools.search_runs import run_search, SCORE_GROUPS, Scorer, search_pool, Row
+from neuralsolver.tools.search_runs import SearchPlan
 
 # the exact mixture of images
 SETTINGS = dict(iterations=4, batch_size=8, eval_every=2, race=2)
@@ -267,3 +269,36 @@ def test_a_row_counts_the_calls_of_the_network(guidance, calls):
     spread = torch.tensor(score['rmse']).std().item()
     assert row['rmse'] == 2.5 and row['rmse_sd'] == pytest.approx(spread, rel=1e-6)
     assert 'fd_sd' not in row
+
+
+def test_a_search_over_a_range_of_guidance_scales(tmp_path):
+    "Its samples have scales of their own; its record says so and is found again."
+    plan = SearchPlan(**SMALL, guidance_to=4.0)
+    field, teacher = search_pool(plan, tmp_path / 'teachers', progress=False)
+    labels, scales = teacher.cond.unbind(1)
+    assert (labels == torch.arange(24) % 10).all()
+    assert scales.min() == 1 and 3.5 < scales.max() < 4 and len(set(scales.tolist())) == 24
+    for i in (0, 5, 23):
+        one = Field(field.net, guidance=scales[i].item())
+        end = sample(one, teacher.noise[i : i + 1], teacher.solver, labels[i : i + 1].long())
+        assert torch.allclose(end, teacher.ends[i : i + 1], atol=1e-4)
+    record = run_search(plan, tmp_path, progress=False)
+    assert record['solver']['provenance']['guidance'] == '1 to 4'
+    row = Row.from_search(record, dict(nfe=3)).as_dict()
+    assert row['guidance'] == '1 to 4'
+    evaluations = sum(v for k, v in record['cost'].items() if k != 'backward')
+    assert row['calls'] == 2 * evaluations
+    with pytest.raises(ValueError, match='guidance_to'):
+        run_search(SearchPlan(**SMALL), tmp_path, progress=False)
+    assert run_search(plan, tmp_path, progress=False) == record
+
+
+def test_a_search_on_one_class(tmp_path):
+    plan = SearchPlan(**SMALL, only_class=3)
+    _, teacher = search_pool(plan, tmp_path, progress=False)
+    assert (teacher.cond == 3).all()
+    _, joint = search_pool(SearchPlan(**SMALL), tmp_path, progress=False)
+    assert torch.equal(joint.noise, teacher.noise) and not torch.equal(joint.ends, teacher.ends)
+    assert run_search(plan, tmp_path, progress=False)['solver']['provenance']['only_class'] == 3
+    with pytest.raises(ValueError, match='only_class='):
+        SearchPlan(**SMALL, only_class=-1)

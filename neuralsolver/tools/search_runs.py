@@ -19,7 +19,7 @@ from torch import Tensor
 from neuralsolver.data import to_uint8
 from neuralsolver.sampling import end_points
 from neuralsolver.dpm_solvers import dpm_solver_pp
-from neuralsolver.fields import Field
+from neuralsolver.fields import Field, GuidanceRange
 from neuralsolver.fashion_features import extract, extractor_name, load_reference
 from neuralsolver.metrics import frechet_distance, moments
 from neuralsolver.checkpoints import load_model, model_file, model_path
@@ -102,11 +102,17 @@ class SearchPlan:
     teacher_steps: int = 100  # steps of the teacher: Euler, or DDIM on the VP path
     settings: dict = dataclass_field(default_factory=dict)  # of the method, see `search`
     label: str | None = None  # what it is called in tables and files; None = the method
+    guidance_to: float | None = None  # each sample has its scale, from `guidance` to this one
+    only_class: int | None = None  # of all samples; None = all classes in turn
 
     def __post_init__(self):
         check_choice('method', self.method, METHODS)
         check_int('seed', self.seed, 0, 9999)
         check_float('guidance', self.guidance, 0)
+        if self.guidance_to is not None:
+            check_float('guidance_to', self.guidance_to, self.guidance)
+        if self.only_class is not None:
+            check_int('only_class', self.only_class, 0)
         for key in ('steps', 'samples', 'heldout'):
             check_int(key, getattr(self, key))
         # a teacher has no fewer steps than its students
@@ -131,9 +137,17 @@ class SearchPlan:
         return f'{self.model}-{self.steps}_{self.title}_s{self.seed}'
 
     @property
+    def scales(self) -> float | str:
+        "The guidance scale, or the range of them."
+        if self.guidance_to is None:
+            return self.guidance
+        return f'{self.guidance:g} to {self.guidance_to:g}'
+
+    @property
     def identity(self) -> dict:
         "What its result depends on: everything but the label."
-        apart = ('model', 'settings', 'label')
+        apart = {'model', 'settings', 'label'}
+        apart |= {key for key in ('guidance_to', 'only_class') if getattr(self, key) is None}
         return dict(
             model=self.model,
             weights=sha256(model_file(self.model))[:12],
@@ -150,15 +164,31 @@ def search_pool(
 ) -> tuple[Field, Teacher]:
     "The field of a search and the teacher of its pool, from disk if it is there."
     net = load_model(plan.model, device).requires_grad_(False)
-    field = Field(net, guidance=plan.guidance)
+    field = Field(net, guidance=plan.guidance) if plan.guidance_to is None else GuidanceRange(net)
     size, seed = plan.samples + plan.heldout, SEARCH_SEED + plan.seed
     noise = indexed_noise(range(size), net.sample_shape, seed=seed, device=device)
-    labels = torch.arange(size, device=device) % net.num_classes
+    cond = _conditions(plan, torch.arange(size, device=device) % net.num_classes)
     teacher = f'{teacher_solver(1, field.path).name}-{plan.teacher_steps}'
-    kept = Path(folder) / f'{plan.model}_g{plan.guidance:g}_{teacher}_n{size}_s{plan.seed}'
+    kept = Path(folder) / f'{_pool_name(plan)}_{teacher}_n{size}_s{plan.seed}'
     return field, teacher_trajectories(
-        field, noise, labels, plan.teacher_steps, folder=kept, progress=progress
+        field, noise, cond, plan.teacher_steps, folder=kept, progress=progress
     )
+
+
+def _conditions(plan: SearchPlan, labels: Tensor) -> Tensor:
+    "What the field of a plan is asked for: labels [M], or labels and scales [M, 2]."
+    if plan.only_class is not None:
+        labels = torch.full_like(labels, plan.only_class)
+    if plan.guidance_to is None:
+        return labels
+    return GuidanceRange.conditions(labels, plan.guidance, plan.guidance_to)
+
+
+def _pool_name(plan: SearchPlan) -> str:
+    "Model, guidance and class of a pool."
+    upto = '' if plan.guidance_to is None else f'-{plan.guidance_to:g}'
+    of_class = '' if plan.only_class is None else f'_c{plan.only_class}'
+    return f'{plan.model}_g{plan.guidance:g}{upto}{of_class}'
 
 # %% ../../nbs/tools/04_search_runs.ipynb #030ef88d
 def run_search(
@@ -180,7 +210,9 @@ def run_search(
         return known
     field, teacher = search_pool(plan, folder / 'teachers', device, progress)
     checkpoint = store.file.with_suffix('.ckpt')
-    made_on = dict(searched_on=plan.model, guidance=plan.guidance, weights=plan.identity['weights'])
+    made_on = dict(searched_on=plan.model, guidance=plan.scales, weights=plan.identity['weights'])
+    if plan.only_class is not None:
+        made_on['only_class'] = plan.only_class
     found = search(
         field,
         teacher.noise,
@@ -344,7 +376,7 @@ class Row:
     method: str = ''
     seed: int = -1
     start: str = ''
-    guidance: float = 1
+    guidance: float | str = 1  # a scale, or '1 to 4'
     samples: int = 0
     iterations: int = 0
     cost: dict = dataclass_field(default_factory=lambda: dict(backward=0))  # evaluations by kind
@@ -359,6 +391,8 @@ class Row:
     ) -> 'Row':
         "The row of a search."
         known = {k: record['identity'][k] for k in _SHOWN}
+        if 'guidance_to' in record['identity']:
+            known['guidance'] = record['solver']['provenance']['guidance']
         return cls(
             **known,
             label=record['label'],
