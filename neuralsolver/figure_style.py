@@ -89,7 +89,10 @@ def _row(
             return 'classical', grid, _RULES[name]
         if name in _PUBLISHED:
             return 'published', grid, _PUBLISHED[name]
-    return 'searched', grid, _SEARCHED.get(plain, (solver, *_SEARCHED['searched'][1:]))
+    base = plain.removesuffix('-guided')
+    title, *look = _SEARCHED.get(base, (base, *_SEARCHED['searched'][1:]))
+    title = title if base == plain else f'{title}, guided'
+    return 'searched', grid, (title, *look)
 
 
 def solver_kind(
@@ -127,7 +130,7 @@ def solver_style(
 ) -> dict:  # keyword arguments of matplotlib's plot and errorbar: colour, marker, line, label
     "The look of a solver, the same in every figure."
     kind, grid, (_, colour, marker) = _row(solver)
-    fill = 'full'
+    fill = 'none' if solver.endswith('-guided') else 'full'
     if grid:
         _, colour, fill = _grid_row(grid)
     style = dict(color=colour, marker=marker, fillstyle=fill, ls='-', label=solver_title(solver))

@@ -27,7 +27,7 @@ from neuralsolver.checkpoints import (
     model_path,
 )
 from .fields import MOST_GUIDANCE
-from .neural import get_solver, list_solvers
+from .neural import get_solver, list_solvers, own_tables
 from .paths import NoisePath
 from .precision import COMPILE, PRECISIONS, check_device
 from .reported import GRIDS_OF_TABLE_2
@@ -117,14 +117,16 @@ def path_family(path: NoisePath) -> str:  # a key of DEFAULT_SOLVERS
 
 # %% ../nbs/4_measure/06_protocol.ipynb #7258d3a8
 def select_solvers(
-    p: 'Protocol',  # with path, solvers, steps and model
+    p: 'Protocol',  # with path, solvers, steps, guidance and model
 ) -> tuple[dict[str, Solver], dict[str, str]]:  # solvers by name; names left out: reason
     "The solvers of a table."
     if p.solvers != 'default':
         names = split_names('solvers', p.solvers)
         return {name: get_solver(name, p.steps, p.path) for name in names}, {}
     trained_here = p.model not in CHECKPOINTS and not p.model.endswith('.safetensors')
-    names = [*DEFAULT_SOLVERS[path_family(p.path)], *([p.model] if trained_here else [])]
+    names = list(DEFAULT_SOLVERS[path_family(p.path)])
+    if trained_here:  # its table, or why there is none, and that of guidance
+        names += dict.fromkeys([p.model, *own_tables(p.model, p.steps, p.guidance)])
     chosen, left_out, tables = {}, {}, list_solvers()
     for name in names:
         classical = name.partition('@')[0] in classical_rules(p.path)

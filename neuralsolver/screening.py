@@ -13,7 +13,7 @@ from torch import Tensor
 from .fields import Field
 from .checkpoints import load_model
 from .metrics import end_errors, error_statistics
-from .neural import get_solver, list_solvers, load_solver
+from .neural import get_solver, list_solvers, load_solver, own_tables
 from .rules import classical_names
 from .sampling import end_points
 from .solvers import Solver
@@ -166,7 +166,8 @@ def compare(case: Case) -> tuple[list[dict], list[dict], dict]:
         found, chosen = screened(case, trials, n)
         screening += found
         defaults = DEFAULTS[field.path.coordinates]
-        roles = dict.fromkeys(defaults, 'default') | chosen | {case.model: 'searched'}
+        own = dict.fromkeys(own_tables(case.model, n, case.guidance), 'guided')
+        roles = dict.fromkeys(defaults, 'default') | chosen | own | {case.model: 'searched'}
         for seed, noise in reported.items():
             for name, role in roles.items():
                 solver = get_solver(name, n, field.path)

@@ -156,21 +156,47 @@ def test_refusal_of_get_solver(args, words):
     refused(words, get_solver, *args)
 
 
-def test_a_searched_file_is_found_by_name(tmp_path, monkeypatch):
+@pytest.fixture
+def searched_lines(tmp_path, monkeypatch):
+    "A function that makes the searched tables those of its arguments."
     import neuralsolver.neural as module
 
-    table = replace(load_solver('flowdcn-b-2', 7), name='my-model')
-    file = tmp_path / 'searched_solvers.jsonl'
-    file.write_text(json.dumps(table.to_dict()) + '\n')
-    there = module.data_file
+    file, there = tmp_path / 'searched_solvers.jsonl', module.data_file
+    file.write_text('')
+
+    def write(*tables):
+        file.write_text(''.join(json.dumps(table.to_dict()) + '\n' for table in tables))
+
     monkeypatch.setattr(
         module, 'data_file', lambda name: file if name == file.name else there(name)
     )
     monkeypatch.setattr(module, '_searched', module._searched.__wrapped__)
+    return write
+
+
+def test_a_searched_file_is_found_by_name(searched_lines):
+    searched_lines(replace(load_solver('flowdcn-b-2', 7), name='my-model'))
     assert list_solvers()['my-model'] == [7]
     assert get_solver('my-model', 7).digest == load_solver('flowdcn-b-2', 7).digest
     with pytest.raises(ValueError, match='steps = 7'):
         load_solver('my-model', 8)
+
+
+def test_a_table_searched_with_guidance_is_a_row_where_there_is_guidance(searched_lines):
+    from neuralsolver.protocol import Protocol
+    from neuralsolver.screening import Case, compare
+
+    table, model = load_solver('flowdcn-b-2', 7), 'fashion-mixture'
+    guided = replace(load_solver('sit-xl-2', 7), name=f'{model}-guided')
+    searched_lines(replace(table, name=model), guided)
+    assert load_solver(f'{model}-guided', 7).digest == guided.digest
+    assert [*Protocol(model, 7, guidance=2.0).chosen][-2:] == [model, f'{model}-guided']
+    assert [*Protocol(model, 7, guidance=1.0).chosen][-1] == model
+    assert f'{model}-guided' not in {**Protocol(model, 6, guidance=2.0).left_out}
+    for scale, roles in ((2.0, ['searched', 'guided']), (1.0, ['searched'])):
+        case = Case(model, scale, (7,), 4, (0,), ((1, None), (2, 2)), teacher_steps=10)
+        rows = compare(case)[1]
+        assert [row['role'] for row in rows if row['solver'].startswith(model)] == roles
 
 
 # Families
