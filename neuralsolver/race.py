@@ -49,7 +49,6 @@ class RaceState(SearchState):
 TRIED_MEMBERS = 24  # of the pool, on which all starts are tried
 
 
-
 def distances(task: Task, solver: Solver, cost: dict, kind: str, members: Tensor) -> Tensor:
     "Errors of a solver on members of the teacher's pool; one without a number counts LARGEST."
     part = task.teacher[members]
@@ -204,7 +203,7 @@ class Race:
 @patch
 def close(self: Race, phase: Phase):
     "Measure the runners, keep the best, and go to the next phase."
-    state, task = self.state, self.task
+    state = self.state
     begun = time.perf_counter()
     state.phase += 1
     later = self.recipe.phases[state.phase :]
