@@ -20,7 +20,7 @@ from neuralsolver.store import read_card
 from neuralsolver.teachers import teacher_solver, teacher_trajectories
 from neuralsolver.tools import search_runs
 from neuralsolver.tools.search_runs import run_search, SCORE_GROUPS, Scorer, search_pool, Row
-from neuralsolver.tools.search_runs import SearchPlan
+from neuralsolver.tools.search_runs import begin_records, read_records, SearchPlan, write_records
 
 # the exact mixture of images
 SETTINGS = dict(iterations=4, batch_size=8, eval_every=2, race=2)
@@ -302,3 +302,22 @@ def test_a_search_on_one_class(tmp_path):
     assert run_search(plan, tmp_path, progress=False)['solver']['provenance']['only_class'] == 3
     with pytest.raises(ValueError, match='only_class='):
         SearchPlan(**SMALL, only_class=-1)
+
+
+def test_a_study_begins_with_committed_records_of_the_same_searches(tmp_path, monkeypatch):
+    plans = [
+        SearchPlan('fashion-mixture', 2, seed=seed, samples=8, heldout=4) for seed in (0, 1, 2)
+    ]
+    same, other = (dict(identity=p.identity, digest=p.name) for p in plans[:2])
+    other['identity'] = replace(plans[1], samples=16).identity
+    (tmp_path / 'search_study').mkdir()
+    write_records(tmp_path / 'search_study/runs.jsonl', {plans[0].name: same, plans[1].name: other})
+    monkeypatch.setattr(search_runs, 'reports_root', lambda: tmp_path)
+    own = {plans[2].name: dict(identity=plans[2].identity, digest='own')}
+    write_records(tmp_path / 'runs.jsonl', own)
+    begin_records(tmp_path / 'runs', plans)
+    found = read_records(tmp_path / 'runs.jsonl')
+    assert {name: r['digest'] for name, r in found.items()} == {
+        plans[0].name: plans[0].name,
+        plans[2].name: 'own',
+    }

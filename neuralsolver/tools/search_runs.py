@@ -30,7 +30,8 @@ from neuralsolver.solvers import Solver
 from neuralsolver.starts import check_start
 from neuralsolver.store import differences, Store
 from neuralsolver.teachers import Teacher, teacher_error, teacher_solver, teacher_trajectories
-from neuralsolver.utils import as_path, check_choice, check_float, check_int, indexed_noise, sha256
+from neuralsolver.utils import as_path, check_choice, check_float, check_int, indexed_noise
+from neuralsolver.utils import reports_root, sha256
 from neuralsolver.utils import split_names, write_json, write_text
 
 # %% ../../nbs/tools/04_search_runs.ipynb #254c73a2
@@ -67,6 +68,21 @@ def write_records(
     "A table of records, sorted by name."
     lines = [json.dumps(dict(name=name, record=records[name])) for name in sorted(records)]
     write_text(file, ''.join(f'{line}\n' for line in lines))
+
+
+def begin_records(
+    folder: str | os.PathLike,  # working folder of the runs; its table is FOLDER.jsonl
+    plans: list,  # a `SearchPlan` each
+) -> None:
+    "Put the committed records of these searches into the table of a working folder."
+    committed = read_records(reports_root() / 'search_study/runs.jsonl')
+    same = {}
+    for plan in plans:
+        record = committed.get(plan.name)
+        if record and not differences(record.get('identity', {}), plan.identity):
+            same[plan.name] = record
+    if same:
+        write_records(f'{folder}.jsonl', same | read_records(f'{folder}.jsonl'))
 
 # %% ../../nbs/tools/04_search_runs.ipynb #37b63fa1
 SEARCH_SEED = 10_000  # noise of searches: from here on, plus the seed
