@@ -214,6 +214,23 @@ def test_train_notebook_on_latents(made, tmp_path):
     assert len(space['result'].losses) == 6 and load_card(tmp_path / 'toy.json')['samples'] == 96
 
 
+def test_train_notebook_goes_on_from_weights(made, tmp_path):
+    latents = made / 'vae-toy_latents.safetensors'
+    settings = dict(model='toy', latents=latents, patch_size=4, samples=32, batch_size=16)
+    run_notebook('train', out_dir=tmp_path / 'first', threads=1, half=True, **settings)
+    first = tmp_path / 'first' / 'toy.safetensors'
+    still = dict(start=first, lr=1e-12, seed=1, out_dir=tmp_path / 'second', threads=1)
+    run_notebook('train', **settings | still)
+    begun, ended = (load_weights(tmp_path / k / 'toy.safetensors') for k in ('first', 'second'))
+    for (key, a), b in zip(begun.state_dict().items(), ended.state_dict().values()):
+        assert torch.allclose(a, b, atol=1e-9), key
+    before, card = load_card(first), load_card(tmp_path / 'second' / 'toy.json')
+    assert card['samples'] == 64
+    assert card['start'] == dict(sha256=before['sha256'], command=before['command'])
+    with pytest.raises(ValueError, match='start=.*as architecture, size and patch_size say'):
+        run_notebook('train', **settings | still | dict(patch_size=2))
+
+
 def test_the_rate_without_an_end_does_not_depend_on_the_end():
     rates = [learning_rate(k, 10, 1.0, 4, hold=100) for k in range(1000)]
     assert rates == [learning_rate(k, 10**6, 1.0, 4, hold=100) for k in range(1000)]
