@@ -25,7 +25,8 @@ def decay(x, t):
 def check_solvers():
     "Tables and rules solve x' = -x."
     x = torch.ones(2, 3, dtype=torch.float64)
-    solvers = [ns.load_solver(name, steps=8) for name in ns.list_solvers()]
+    nearest = {n: min(have, key=lambda k: abs(k - 8)) for n, have in ns.list_solvers().items()}
+    solvers = [ns.load_solver(name, steps) for name, steps in nearest.items()]
     solvers += [getattr(ns, rule)(8) for rule in RULES]
     assert len(solvers) >= 14
     for solver in solvers:
