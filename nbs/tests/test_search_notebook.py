@@ -412,7 +412,7 @@ def test_the_study_of_guidance_ships_what_its_own_noise_chose(guided):
 
 def test_the_study_of_guidance_finds_its_records_again(guided):
     labels = {f.stem.split('_')[1] for f in (guided / 'runs').glob('*.json')}
-    assert labels == {'g1', 'g2', 'g1-4', 'class-3'}
+    assert labels == {'gauss-newton', 'g2', 'g1-4', 'class-3'}
     ranged = record(guided / 'runs', 'fashion-mixture-2_g1-4_s0')
     assert ranged['solver']['provenance']['guidance'] == '1 to 4'
     summary = pd.read_csv(guided / 'summary.csv')
