@@ -96,6 +96,25 @@ def test_every_verdict_can_be_reached(interval, ranges, verdict):
     assert statistics.verdict(*interval, *ranges) == verdict
 
 
+def test_fidelity_of_times_to_decide_to_larger_samples():
+    "Of a sample with the same mean and deviation, so many times larger, the interval just decides."
+
+    def bootstrap_of(n):
+        values = np.random.default_rng(2).standard_normal(n)
+        values = 0.9 + (values - values.mean()) / values.std()
+        return statistics.bootstrapped(lambda i: values[i].mean(-1), n, 2000)
+
+    times = statistics.times_to_decide(*bootstrap_of(100), (0, 1))
+    assert times == pytest.approx((1.96 * 0.1 / 0.1) ** 2, rel=0.15)
+    for factor, expected in ((1.3, 'confirmed'), (0.75, 'not at this scale')):
+        _, low, high = bootstrap_of(round(100 * times * factor))
+        assert statistics.verdict(low, high, (0, 1)) == expected
+    assert statistics.times_to_decide(0.4, 0.2, 0.6, (0.5, 2), (-2, 0.3)) == math.inf
+    assert statistics.times_to_decide(-0.2, -0.3, 0.0, (-0.05, 0.05)) == pytest.approx(
+        (0.2 / 0.15) ** 2
+    )
+
+
 @pytest.mark.parametrize('power', [1, 2])
 def test_paired_ratio_has_no_spread_where_all_errors_are_proportional(power):
     base = np.random.default_rng(1).uniform(1, 2, 50)

@@ -51,6 +51,22 @@ def every(
         return 'refuted'
     return 'confirmed' if set(measured) == {'confirmed'} else 'not at this scale'
 
+# %% ../../nbs/tools/05_statistics.ipynb #6c0d1a02
+def times_to_decide(
+    value: float,  # of a statistic
+    low: float,  # its 95 % interval
+    high: float,
+    confirmed: tuple[float, float],  # open range
+    refuted: tuple[float, float] | None = None,  # open range; None: everything outside `confirmed`
+) -> float:  # inf where the value lies in no range
+    "How many times the measurements an interval around this value needs to be decided."
+    outside = [(-math.inf, confirmed[0]), (confirmed[1], math.inf)]
+    for start, end in (confirmed, *(outside if refuted is None else [refuted])):
+        if start < value < end:
+            below, above = max(0.0, value - low), max(0.0, high - value)
+            return max(below / (value - start), above / (end - value)) ** 2
+    return math.inf
+
 # %% ../../nbs/tools/05_statistics.ipynb #5a7e000d
 DRAWS = 1000  # resamples behind an interval, if not said otherwise
 
