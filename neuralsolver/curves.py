@@ -18,7 +18,7 @@ import pandas as pd
 
 from .evaluate import STATISTICS, distance_of, evaluate, protocol_card
 from .checkpoints import model_path
-from .neural import list_solvers
+from .neural import list_solvers, own_tables
 from .protocol import PROTOCOLS, Protocol, path_family, protocol_sentence
 from neuralsolver.reported import (
     GRIDS_OF_TABLE_2,
@@ -43,11 +43,10 @@ CURVE_SOLVERS = {  # by the path of the model
 }
 
 
-def _default_names(model: str, steps: int) -> list[str]:
-    tables = list_solvers()
-    own = [model] if model in tables else []
-    names = [*CURVE_SOLVERS[path_family(model_path(model))], *own]
-    return [name for name in names if name not in tables or steps in tables[name]]
+def _default_names(model: str, steps: int, guidance: float | None) -> list[str]:
+    tables, names = list_solvers(), CURVE_SOLVERS[path_family(model_path(model))]
+    names = [name for name in names if name not in tables or steps in tables[name]]
+    return names + own_tables(model, steps, 1.0 if guidance == 1 else 2.0)
 
 
 def _is_count(text: str) -> bool:
@@ -80,12 +79,13 @@ def curve_rows(
     solvers: str,  # names separated by commas, or 'default'
     rows: str | None,  # further rows NAME:STEPS, separated by commas; None = none
     model: str,  # as in Protocol
+    guidance: float | None = None,  # its scale, which tables depend on; None = that of a profile
 ) -> dict[int, list[str]]:  # names by number of steps
     "The rows of a curve; a ValueError if there are none."
     named = None if solvers == 'default' else split_names('solvers', solvers)
     names = {}
     for n in _split_steps(steps) if steps else []:
-        names[n] = _default_names(model, n) if named is None else list(named)
+        names[n] = _default_names(model, n, guidance) if named is None else list(named)
     for name, n in _split_rows(rows) if rows else []:
         there = names.setdefault(n, [])
         if name not in there:

@@ -254,7 +254,7 @@ def own_tables(
     steps: int,  # number of steps
     guidance: float = 1.0,  # guidance scale that the tables are used at
 ) -> list[str]:  # names of tables with that many steps, the model's first
-    "Tables that were searched on a model; those searched with guidance where there is guidance."
+    "Tables that were searched on a model; with guidance also MODEL-guided, chosen with it."
     names = [model] if guidance == 1 else [model, f'{model}-guided']
     return [name for name in names if steps in list_solvers().get(name, ())]
 

@@ -166,8 +166,9 @@ def compare(case: Case) -> tuple[list[dict], list[dict], dict]:
         found, chosen = screened(case, trials, n)
         screening += found
         defaults = DEFAULTS[field.path.coordinates]
-        own = dict.fromkeys(own_tables(case.model, n, case.guidance), 'guided')
-        roles = dict.fromkeys(defaults, 'default') | chosen | own | {case.model: 'searched'}
+        *others, own = own_tables(case.model, n, case.guidance) or [case.model]
+        searched = dict.fromkeys(others, 'unguided') | {own: 'searched'}
+        roles = dict.fromkeys(defaults, 'default') | chosen | searched
         for seed, noise in reported.items():
             for name, role in roles.items():
                 solver = get_solver(name, n, field.path)

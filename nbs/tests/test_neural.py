@@ -193,7 +193,7 @@ def test_a_table_searched_with_guidance_is_a_row_where_there_is_guidance(searche
     assert [*Protocol(model, 7, guidance=2.0).chosen][-2:] == [model, f'{model}-guided']
     assert [*Protocol(model, 7, guidance=1.0).chosen][-1] == model
     assert f'{model}-guided' not in {**Protocol(model, 6, guidance=2.0).left_out}
-    for scale, roles in ((2.0, ['searched', 'guided']), (1.0, ['searched'])):
+    for scale, roles in ((2.0, ['unguided', 'searched']), (1.0, ['searched'])):
         case = Case(model, scale, (7,), 4, (0,), ((1, None), (2, 2)), teacher_steps=10)
         rows = compare(case)[1]
         assert [row['role'] for row in rows if row['solver'].startswith(model)] == roles
