@@ -97,6 +97,15 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    "Attention of [B, heads, T, D]; products of mixed precision stay in float32 on the CPU."
+    if q.device.type == 'cpu' and torch.is_autocast_enabled('cpu'):
+        # the gradient of PyTorch's bfloat16 kernel takes 10 times as long there
+        with torch.autocast('cpu', enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     "Multi-head self-attention, [B, T, D] -> [B, T, D]."
 
@@ -110,7 +119,7 @@ class Attention(nn.Module):
         B, T, D = x.shape
         heads = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = attend(q, k, v)
         return self.proj(mixed.transpose(1, 2).reshape(B, T, D))
 
 # %% ../nbs/3_models/01_models.ipynb #df20fae5

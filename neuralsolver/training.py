@@ -195,7 +195,8 @@ def begin(
     store: Store | None,  # None = nothing is kept
 ) -> Training:
     "A training at its first step, or where its checkpoint ends."
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    settings = dict(betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, **settings)
     average = {k: v.detach().clone() for k, v in net.state_dict().items()}
     run = Training(net.train(), optimizer, average, [])
     if store is None:

@@ -12,8 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 from neuralsolver.fashion_features import Features, import_torch_fidelity, load_reference, real_test
-from neuralsolver.metrics import compute_metrics, frechet_distance, inception_score, inside_share
-from neuralsolver.metrics import kernel_distance, manifold_radii, moments, precision_recall
+from neuralsolver.metrics import (
+    Moments,
+    compute_metrics,
+    frechet_distance,
+    inception_score,
+    inside_share,
+    kernel_distance,
+    manifold_radii,
+    moments,
+    precision_recall,
+)
 from neuralsolver.utils import data_root
 
 
@@ -239,3 +248,54 @@ def test_kernel_distance_has_no_bias_where_frechet_distance_has_much():
     assert np.mean(balanced) < -0.3 and abs(np.mean(random)) < 0.3
     few, many = (Features(real.features[:n], real.logits[:n]) for n in (100, 2000))
     assert compute_metrics(few)['fd'] > 2 * compute_metrics(many)['fd']
+
+
+# Mean and covariance: numpy's, whatever the pieces the rows come in, also after a pause.
+
+
+@pytest.mark.parametrize('shift', [0, 1e4])
+def test_moments_are_numpys_however_the_rows_come(shift):
+    g = torch.Generator().manual_seed(1)
+    rows = shift + torch.randn(2345, 7, generator=g, dtype=torch.float64)
+    want = np.cov(rows.numpy().T)
+    for size in (1, 10, 999, 2345):
+        m = Moments(7)
+        for part in rows.split(size):
+            m.add(part)
+        mean, covariance = m.result()
+        assert np.allclose(mean, rows.mean(0), rtol=1e-13)
+        assert np.allclose(covariance, want, atol=1e-10)
+
+
+@pytest.mark.parametrize('dim', [5, 2023])
+def test_moments_do_not_depend_on_the_pieces_nor_on_a_pause(dim, tmp_path):
+    rows = torch.randn(2345, dim, generator=torch.Generator().manual_seed(2))
+    want = moments(rows)
+    for size in (53, 999, 1000, 2345):
+        m = Moments(dim)
+        for k, part in enumerate(rows.split(size)):
+            m.add(part)
+            if k == 20 or size == 999:
+                torch.save(m.state_dict(), tmp_path / 'm')
+                m = Moments(dim).load_state_dict(torch.load(tmp_path / 'm', weights_only=True))
+        assert all(map(torch.equal, m.result(), want)) and len(m) == 2345
+    first, second = Moments(dim).add(rows[:1234]), Moments(dim).add(rows[1234:])
+    first.merge(second)
+    first.merge(Moments(dim))
+    assert all(map(torch.allclose, first.result(), want)) and len(first) == 2345
+    assert all(map(torch.equal, first.result(), first.result()))  # asking changes nothing
+
+
+def test_moments_refuse_what_has_none():
+    with pytest.raises(ValueError, match='samples=7'):
+        moments(torch.zeros(7, 3))
+    with pytest.raises(ValueError, match='not finite'):
+        moments(torch.full((9, 3), float('nan')))
+    with pytest.raises(ValueError, match=r'give \[m, 3\]'):
+        Moments(3).add(torch.zeros(3))
+    with pytest.raises(ValueError, match='block='):
+        moments(torch.zeros(9, 3), 0)
+    rows = torch.ones(4, 2, dtype=torch.float64)
+    m = Moments(2).add(rows)
+    rows += 1  # a buffer that is used again
+    assert m.add(rows).result()[0].tolist() == [1.5, 1.5]
