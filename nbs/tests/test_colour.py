@@ -214,6 +214,32 @@ def test_train_notebook_on_latents(made, tmp_path):
     assert len(space['result'].losses) == 6 and load_card(tmp_path / 'toy.json')['samples'] == 96
 
 
+def test_ends_that_are_measured_are_the_learning_curve_of_the_card(made, tmp_path, monkeypatch):
+    "Features of samples are replaced by random ones; a line is what these give."
+    file = data_file('cifar_reference.safetensors')
+    photos = load_photo_reference(file, read_card(file)['extractor'])
+
+    def raw(images, *_, **__):
+        g = torch.Generator().manual_seed(int(images.sum()))
+        sizes = dict(features=len(photos.axes.mean), spatial=len(photos.spatial[0]))
+        return {head: torch.randn(len(images), n, generator=g) for head, n in sizes.items()}
+
+    monkeypatch.setattr('neuralsolver.photo_features.photo_features', raw)
+    settings = dict(model='toy', patch_size=4, hold=3, batch_size=16, measure=100, threads=1)
+    settings |= dict(latents=made / 'vae-toy_latents.safetensors', vae=str(made / 'vae-toy'))
+    for images in (32, 64, 64):
+        space = run_notebook('train', samples=images, out_dir=tmp_path, **settings)
+    lines = load_card(tmp_path / 'toy.json')['quality']
+    assert [line['images'] for line in lines] == [32, 64]
+    decoded = space['decoded']
+    assert decoded.shape == (100, 3, 32, 32)
+    heads = photos.axes(raw(decoded)['features'])._asdict() | dict(spatial=raw(decoded)['spatial'])
+    expected = photo_metrics(heads, torch.arange(100) % 10, photos)
+    assert all(lines[1][name] == pytest.approx(v, rel=1e-4) for name, v in expected.items())
+    with pytest.raises(ValueError, match='measure=99: give 0, or 100 and more'):
+        run_notebook('train', samples=32, **settings | dict(measure=99))
+
+
 def test_train_notebook_goes_on_from_weights(made, tmp_path):
     latents = made / 'vae-toy_latents.safetensors'
     settings = dict(model='toy', latents=latents, patch_size=4, samples=32, batch_size=16)
