@@ -170,7 +170,7 @@ def test_refusal_of_a_wrong_hash_unless_the_file_is_named(small, monkeypatch):
 
 
 def test_refusal_of_a_name():
-    known = "model='sit'.*fashion-mixture, dit-tiny, flowdcn-tiny, sit-tiny"
+    known = "model='sit'.*fashion-mixture, dit-tiny, flowdcn-tiny, sit-cifar, sit-tiny"
     with pytest.raises(ValueError, match=known):
         load_model('sit')
     assert list_models()[0] == 'fashion-mixture' and 'fashion_classifier' not in list_models()

@@ -33,6 +33,7 @@ from neuralsolver.fashion_features import import_torch_fidelity, read_card
 from neuralsolver.metrics import compute_metrics, frechet_distance, moments
 from neuralsolver.photo_features import (
     EarlyLayers,
+    PhotoExtractor,
     PhotoNet,
     efficientnet_lite0,
     fit_axes,
@@ -541,3 +542,16 @@ def test_a_reference_that_is_no_reference_is_refused(tmp_path):
     save_file(dict(mu=torch.zeros(1)), file)
     with pytest.raises(ValueError, match='is no reference of photographs'):
         load_photo_reference(file, stand_in())
+
+
+@torch.inference_mode()
+def test_fidelity_of_the_latent_model_to_its_classes():
+    "The classifier of the reference finds the class asked for in decoded samples."
+    file = data_file('cifar_reference.safetensors')
+    photos = load_photo_reference(file, register_photo_extractor())
+    net, labels = ns.load_model('sit-cifar'), torch.arange(100) % 10
+    noise = indexed_noise(range(100), net.sample_shape)
+    latents = ns.sample(ns.Field(net, guidance=2.0), noise, ns.load_solver('sit-xl-2', 8), labels)
+    pixels = to_uint8(Autoencoder('vae-cifar', scale=1.0).decode(latents))
+    found = PhotoExtractor(photos.axes)(pixels)['logits'].argmax(1)
+    assert (found == labels).float().mean() >= 0.3  # 0.1 by chance

@@ -287,6 +287,7 @@ NAMES = {
 }
 MODELS = {
     'sit-tiny': 'SiT-XL/2-R256',
+    'sit-cifar': 'SiT-XL/2-R256',
     'flowdcn-tiny': 'FlowDCN-XL/2-R256',
     'dit-tiny': 'DiT-XL/2-R256',
 }

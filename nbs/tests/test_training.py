@@ -240,6 +240,20 @@ CHANGED = {  # what the notebook says of each model
     'sit-tiny': {},
     'dit-tiny': dict(model='dit-tiny', architecture='DiT', samples=1280000),
     'flowdcn-tiny': dict(model='flowdcn-tiny', architecture='FlowDCN', samples=768000, threads=1),
+    'sit-cifar': dict(
+        model='sit-cifar',
+        latents='results/train/vae-cifar_latents.safetensors',
+        size='mini',
+        patch_size=2,
+        samples=3008000,
+        warmup=1000,
+        hold=8000,
+        ema_decay=1.0,
+        times='logit-normal',
+        precision='bfloat16-mixed',
+        half=True,
+        compiled=True,
+    ),
 }
 
 
