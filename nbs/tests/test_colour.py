@@ -237,7 +237,7 @@ def test_ends_that_are_measured_are_the_learning_curve_of_the_card(made, tmp_pat
     heads = photos.axes(raw(decoded)['features'])._asdict() | dict(spatial=raw(decoded)['spatial'])
     expected = photo_metrics(heads, torch.arange(100) % 10, photos)
     assert all(lines[1][name] == pytest.approx(v, rel=1e-4) for name, v in expected.items())
-    with pytest.raises(ValueError, match='measure=99: give 0, or 100 and more'):
+    with pytest.raises(ValueError, match='measure=99: give 100 or more'):
         run_notebook('train', samples=32, **settings | dict(measure=99))
 
 
