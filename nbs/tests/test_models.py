@@ -14,7 +14,7 @@ from neuralsolver.checkpoints import load_weights, make_model, save_model
 from neuralsolver.fields import Field, GaussianMixture, GuidanceRange, guide
 from neuralsolver.flowdcn import FlowDCN
 from neuralsolver.kernels import deformable_gather
-from neuralsolver.models import DiT, SiT
+from neuralsolver.models import DiT, SiT, attend
 from neuralsolver.paths import LinearPath, VPPath
 from neuralsolver.utils import data_root
 
@@ -280,6 +280,21 @@ def test_refusal_of_sizes_that_do_not_divide():
         FlowDCN(num_groups=3, hidden_size=64)
     with pytest.raises(ValueError, match="architecture='Dit'"):
         make_model('Dit', 'XL')
+
+
+@pytest.mark.parametrize('mixed', [False, True])
+def test_attention_is_the_softmax_of_the_products_also_in_mixed_precision(mixed):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 5, 16, 32, generator=g).bfloat16().float().requires_grad_()
+    dtype = torch.bfloat16 if mixed else torch.float32
+    with torch.autocast('cpu', torch.bfloat16, enabled=mixed):
+        found = attend(q.to(dtype), k.to(dtype), v.to(dtype))
+    expected = (q @ k.transpose(-1, -2) / 32**0.5).softmax(-1) @ v
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-5)
+    found, expected = (
+        torch.autograd.grad(x.sum(), v, retain_graph=True)[0] for x in (found, expected)
+    )
+    assert torch.allclose(found, expected, atol=1e-2 if mixed else 1e-5)
 
 
 # The exact field of a Gaussian mixture against autograd and Bayes' rule.

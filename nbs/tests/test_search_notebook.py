@@ -384,6 +384,17 @@ def test_the_study_of_seeds_ships_the_seed_that_its_own_noise_chose(seeds):
     assert table.evaluations[row.seed] == calls
 
 
+def test_the_study_of_seeds_names_a_table_by_its_guidance(tmp_path):
+    small = dict(models='fashion-mixture', steps='2', seeds='0', samples=12, heldout=4)
+    small |= dict(fresh=8, choose=8, guidance=2.0)
+    in_process('studies/search_seeds', **small, reports_dir=str(tmp_path))
+    folder = tmp_path / 'search_seeds'
+    shipped = load_solver(folder / 'tables' / 'fashion-mixture-guided-2.json')
+    kept = record(folder / 'runs', 'fashion-mixture-2_g2_s0')
+    assert shipped.digest == kept['digest'] and shipped.provenance['guidance'] == 2
+    assert shipped.provenance['command'].endswith('-p seeds 0 -p guidance 2')
+
+
 @pytest.fixture(scope='module')
 def guided(tmp_path_factory):
     "The study of guidance, three searches of two evaluations and one of a class."
