@@ -17,12 +17,12 @@ from .utils import needs
 needs('eval', 'pandas', 'matplotlib')
 import pandas as pd
 from .figure_style import FIGURE_STYLE, name_line_ends, reference_line, solver_style
-from .figures import asinh_axis, distance_above, plain_log_axis, protocol_title
-from .figures import split_table
+from .figures import asinh_axis, distance_above, feature_note, plain_log_axis
+from .figures import protocol_title, split_table
 
 # %% ../nbs/4_measure/16_curve_figures.ipynb #f3900007
 PANELS = {  # model: title
-    'sit-tiny': 'flow network\n(sit-tiny)',
+    'sit-cifar': 'latent flow network\n(sit-cifar)',
     'dit-tiny': 'DDPM network\n(dit-tiny)',
     'fashion-mixture': 'exact field,\nno network',
 }
@@ -85,7 +85,7 @@ def read_curve(
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:  # solvers, references by name, title
     "What a figure of curves is drawn from."
     table = pd.read_csv(f'{stem}.csv')
-    return *split_table(table), protocol_title(stem, table)
+    return *split_table(table), protocol_title(stem, table) + feature_note(table)
 
 
 def has_values(
@@ -203,7 +203,7 @@ METRICS = {
     'precision': 'precision',
     'recall': 'recall',
     'sfid': 'sFID',
-    'sfd': 'sFD (EfficientNet-Lite0)',
+    'sfd_above': 'sFD above teacher',
     'kid': 'KID',
 }
 
@@ -228,7 +228,9 @@ def _metric_panel(
     "One metric."
     metric = column.removeprefix('reported_')
     curve_panel(ax, rows, column)
-    reference_line(ax, 'teacher', references[column].get('teacher', np.nan))
+    is_paired = column.endswith('_above')
+    teacher = 0 if is_paired else references[column].get('teacher', np.nan)
+    reference_line(ax, 'teacher', teacher)
     ax.set_title(f'{METRICS[metric]}, {"measured" if metric == column else "reported"}')
 
 # %% ../nbs/4_measure/16_curve_figures.ipynb #f3900017

@@ -16,7 +16,7 @@ from .utils import needs
 needs('eval', 'pandas')
 import pandas as pd
 
-from .evaluate import STATISTICS, distance_of, evaluate, protocol_card
+from .evaluate import DISTANCES, STATISTICS, evaluate, protocol_card
 from .checkpoints import model_path
 from .neural import list_solvers, own_tables
 from .protocol import PROTOCOLS, Protocol, path_family, protocol_sentence
@@ -189,8 +189,9 @@ def curve_markdown(
     rows = table[~table.solver.isin(REFERENCES)]
     floors = table[table.solver.isin(REFERENCES)]
     blocks = []
-    errors = ('error', 'strays', 'rmse', 'ratio', f'{distance_of(p)}_above')
-    for m in (*errors, *PROTOCOLS[p.protocol]):
+    errors = ['error', 'strays', 'rmse', 'ratio']
+    errors += [f'{m}_above' for m in DISTANCES if f'{m}_above' in table]
+    for m in [*errors, *PROTOCOLS[p.protocol]]:
         floor = '' if m in errors else _floor_text(floors, m)  # the teacher's error is 0
         title = f'{metric_title(m, p.protocol)}, measured'
         blocks.append(_block(title, rows, cells_of(rows, m), floor))

@@ -171,6 +171,7 @@ def reconstructed_rows(p: Protocol, reference) -> list[dict]:
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #b46f876f
 ERRORS = ('rmse', 'mean_error', 'median_error', 'strays')
+DISTANCES = ('fd', 'fid', 'sfd', 'sfid')  # Frechet distances, paired with the teacher's
 
 
 def summary(
@@ -194,7 +195,9 @@ def summary(
     )
     for metric in (*PROTOCOLS[p.protocol], *ERRORS):
         row |= {metric: mean.get(metric), f'{metric}_sd': sd.get(metric)}
-    row |= above_teacher(seeds, teacher, distance_of(p)) if teacher else {}
+    for metric in DISTANCES if teacher else ():
+        if metric in teacher[0]:
+            row |= above_teacher(seeds, teacher, metric)
     row |= dict(seconds=frame['seconds'].sum() if solver else None)
     steps = solver.steps if solver else 0
     reported = PROTOCOLS[p.protocol] if p.protocol in ('adm', 'paper') else ('fid',)
@@ -331,7 +334,7 @@ def protocol_card(p: Protocol, shards_dir: str | os.PathLike) -> dict:
     )
 
 # %% ../nbs/4_measure/03_evaluate.ipynb #163aea5a
-SHOWN = dict(fashion=(), photo=('sfd', 'accuracy'))  # metrics after the ratio; others: all
+SHOWN = dict(fashion=(), photo=('sfd_above', 'accuracy'))  # metrics after the ratio; others: all
 
 
 def _columns(table: pd.DataFrame, p: Protocol) -> dict[str, list | pd.Series]:

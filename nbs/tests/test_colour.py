@@ -441,8 +441,10 @@ def test_the_table_is_that_of_latents_decoder_and_features(evaluated, given, mad
         scores.append(photo_metrics(heads, labels, reference))
     for metric, mean in pd.DataFrame(scores).mean().items():
         assert table.loc['adam2', metric] == pytest.approx(mean, rel=1e-2, abs=1e-2), metric
-    above = table.fd - table.fd['teacher']
-    assert above['euler'] == pytest.approx(table.fd_above['euler'], rel=1e-3, abs=1e-3)
+    for metric in ('fd', 'sfd'):
+        above = table[metric] - table[metric]['teacher']
+        paired = table[f'{metric}_above']
+        assert above['euler'] == pytest.approx(paired['euler'], rel=1e-3, abs=1e-3)
     assert table.rmse['teacher'] == 0 < table.rmse['adam2'] < table.rmse['euler']
 
 
@@ -497,7 +499,7 @@ def test_the_same_command_gives_the_same_bytes(evaluated, given, tmp_path):
 def test_the_names_of_the_numbers_say_their_features(evaluated, given):
     text = (evaluated / 'eval_toy_4.md').read_text()
     head = text.splitlines()[0]
-    assert 'FD (EfficientNet-Lite0)' in head and 'sFD (EfficientNet-Lite0)' in head
+    assert 'FD (EfficientNet-Lite0)' in head and 'sFD above teacher, paired' in head
     assert ' FID |' not in head.replace('FID reported', '') and 'fashion' not in text
     assert 'not FID and sFID' in protocol_sentence(Protocol(**given))
     card = json.loads((evaluated / 'eval_toy_4.json').read_text())

@@ -119,6 +119,27 @@ def test_solvers_stand_in_the_order_of_their_errors(table):
     check_layout(fig)
 
 
+@pytest.mark.parametrize(
+    'above, ticks',
+    [((-0.2, 3.0), [-0.2, 0, 0.2, 1]), ((-60.0, 82.0), [-20, -5, -1, 0, 1, 5, 20])],
+)
+def test_distances_on_both_sides_of_the_teacher_have_ticks(table, above, ticks):
+    rows = pd.read_csv(f'{table}.csv')
+    for solver, value in zip(('flowdcn-b-2', 'euler'), above):
+        columns = ['fd_above', 'fd_above_low', 'fd_above_high']
+        rows.loc[rows.solver == solver, columns] = [value, value - 0.1, value + 0.1]
+    rows.to_csv(f'{table}.csv', index=False)
+    fig = trade_off(table)
+    assert list(fig.axes[1].get_xticks()) == ticks
+    check_layout(fig)
+
+
+def test_a_picture_names_the_network_of_its_distances(table):
+    rows = pd.read_csv(f'{table}.csv').assign(sfd=100)
+    rows.to_csv(f'{table}.csv', index=False)
+    assert trade_off(table).get_suptitle().endswith('8 evaluations, features of EfficientNet-Lite0')
+
+
 def test_the_grid_shows_the_teacher_and_four_times_the_difference(table):
     fig = sample_grid(table)
     assert len(fig.axes) == 7  # teacher; three solvers with differences
@@ -189,12 +210,23 @@ def test_metrics_show_what_there_is(curve):
     check_layout(fig)
 
 
+def test_a_paired_metric_has_the_teacher_at_zero(curve):
+    table = pd.read_csv(f'{curve}.csv')
+    table['sfd'] = 100 + table.kid
+    table['sfd_above'] = table.kid
+    table.to_csv(f'{curve}.csv', index=False)
+    panels = {ax.get_title(): ax for ax in curve_metrics(curve).axes}
+    assert 'sFD (EfficientNet-Lite0), measured' not in panels
+    teacher = panels['sFD above teacher, measured'].get_lines()[-1]
+    assert teacher.get_label() == 'teacher' and list(teacher.get_ydata()) == [0, 0]
+
+
 # the headline
 
 
 def test_the_headline_shows_three_kinds_on_three_models(tmp_path):
     rows = []
-    for model in ('sit-tiny', 'fashion-mixture', 'dit-tiny', 'flowdcn-tiny'):
+    for model in ('sit-cifar', 'fashion-mixture', 'dit-tiny', 'flowdcn-tiny'):
         for guidance in (1, 2):
             for n in range(5, 11):
                 row = dict(model=model, guidance=guidance, steps=n)
@@ -207,7 +239,7 @@ def test_the_headline_shows_three_kinds_on_three_models(tmp_path):
     (tmp_path / 'sweep.json').write_text(json.dumps(card))
     fig = headline(tmp_path / 'sweep.csv')
     titles = [ax.get_title() for ax in fig.axes]
-    assert ['sit-tiny' in titles[0], 'dit-tiny' in titles[1], 'exact' in titles[2]] == [True] * 3
+    assert ['sit-cifar' in titles[0], 'dit-tiny' in titles[1], 'exact' in titles[2]] == [True] * 3
     for ax in fig.axes:
         assert lines_of(ax) == ['classical', 'published', 'searched here']
         assert ax.get_yscale() == 'log'
