@@ -202,7 +202,7 @@ def asinh_axis(
     "An axis that is linear near zero and logarithmic beyond, with few round ticks."
     low, high = getattr(ax, f'get_{which}lim')()
     sizes = np.array([0.2, 1, 5, 20, 100, 500])
-    # the linear part, to each side of zero: about a hundredth of what is drawn
+    # the linear part, to each side of zero: a tick, at least a two-hundredth of what is drawn
     width = sizes[np.searchsorted(sizes[:-1], max(-low, high) / 200)]
     getattr(ax, f'set_{which}scale')('asinh', linear_width=width)
     sizes = sizes[sizes >= width]

@@ -8,6 +8,8 @@ from tiny_pipelines import decoded
 
 import neuralsolver as ns
 from neuralsolver._pipeline_field import pipeline_field
+from neuralsolver.checkpoints import Autoencoder
+from neuralsolver.cifar import CIFAR_CLASSES
 from neuralsolver.data import CLASSES
 from neuralsolver.paths import DDPMPath
 from neuralsolver.pipelines import TinyTransformer, generators, load_pipeline, prompt_arguments
@@ -73,9 +75,28 @@ def test_fidelity_of_translated_indices():
         assert torch.equal(null, ten)
 
 
-def test_saved_trained_pipeline_has_its_class_names(tmp_path):
-    load_pipeline('dit-tiny').save_pretrained(tmp_path)
-    assert load_pipeline(str(tmp_path)).labels == {c: i for i, c in enumerate(CLASSES)}
+def test_fidelity_of_the_latent_pipeline_to_sample_and_decode():
+    "Its noise has the shape of latents, and its pictures are decoded."
+    pipe = load_pipeline('sit-cifar')
+    pipe.scheduler = scheduler_for(pipe, 'sit-cifar')
+    arguments = prompt_arguments(pipe, ['horse', 'ship'], 2.0)
+    arguments |= dict(num_inference_steps=5, generator=generators(range(2)), output_type='np')
+    found = torch.from_numpy(pipe(**arguments).images).permute(0, 3, 1, 2)
+    noise = torch.cat([torch.randn(1, 6, 8, 8, generator=g) for g in generators(range(2))])
+    field, labels = ns.Field(ns.load_model('sit-cifar'), guidance=2.0), torch.tensor([7, 8])
+    latents = ns.sample(field, noise, ns.load_solver('sit-cifar', 5), labels)
+    expected = Autoencoder('vae-cifar', scale=1.0).decode(latents) / 2 + 0.5
+    assert found.shape == (2, 3, 32, 32) and found.std() > 0.1
+    assert (found - expected.clamp(0, 1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('name, classes', [('dit-tiny', CLASSES), ('sit-cifar', CIFAR_CLASSES)])
+def test_saved_trained_pipeline_has_its_class_names(name, classes, tmp_path):
+    load_pipeline(name).save_pretrained(tmp_path)
+    saved = load_pipeline(str(tmp_path))
+    assert saved.labels == {c: i for i, c in enumerate(classes)}
+    of_both = (p.state_dict() for p in (load_pipeline(name).transformer, saved.transformer))
+    assert all(torch.equal(a, b) for a, b in zip(*(d.values() for d in of_both)))
 
 
 # calling pipelines

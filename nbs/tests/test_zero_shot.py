@@ -157,6 +157,20 @@ def test_zero_shot_writes_its_files_and_resumes(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob('*.png')} == before
 
 
+def test_tables_of_the_model_itself_come_last(tmp_path):
+    "With guidance that for guidance, too, if it has all numbers of steps (dit-tiny: 5 to 9)."
+    small = dict(prompts='0', per_prompt=1, baselines='euler', reference_steps=6)
+    cases = [('sit-cifar', '5', 2.0, ['sit-cifar', 'sit-cifar-guided'])]
+    cases += [('sit-cifar', '5', 1.0, ['sit-cifar']), ('dit-tiny', '5,10', 2.0, ['dit-tiny'])]
+    for name, steps, guidance, own in cases:
+        out = tmp_path / f'{name} {guidance}'
+        given = dict(pipeline=name, steps=steps, guidance=guidance, reports_dir=str(out))
+        run_notebook('zero_shot', **small | given)
+        card = json.loads((out / f'zero_shot_{name}.json').read_text())
+        assert [s for s in card['schedulers'] if s.startswith(name)] == own
+        assert card['schedulers'][-len(own) :] == own
+
+
 def test_zero_shot_says_that_weights_are_random(tmp_path):
     small = dict(prompts='a; b', steps='5', per_prompt=1, baselines='euler', reference_steps=6)
     run_notebook('zero_shot', pipeline='random-flux', **small, reports_dir=str(tmp_path))
