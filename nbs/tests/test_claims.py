@@ -493,3 +493,19 @@ def test_protocol_and_pictures(out):
     assert set(json.loads((out / 'claims.json').read_text())['parameters']) >= set(SMALL)
     for figure in ('x_dependence', 'bound', 'transfer', 'noise', 'nodes'):
         assert (out / f'claims_{figure}.png').stat().st_size > 5000
+
+
+def test_transfer_between_kinds_of_data_has_claims_of_its_own():
+    "Of the committed table: sit-cifar is compared with Fashion-MNIST in 5i and 5j alone."
+    paired = pd.read_csv(ROOT / 'reports/claims_paired.csv')
+    sides = (paired[['used_on', 'solver']] == 'sit-cifar').sum(axis=1)
+    assert set(paired.id[sides == 1]) == {'5i', '5j'} and set(paired.id[sides == 2]) == {'4a', '4d'}
+    assert (sides[paired.id.isin(['5i', '5j'])] == 1).all()
+    published = paired[paired.id == '5j']
+    assert set(published.solver) == {'flowdcn-b-2', 'sit-xl-2'}
+    assert len(published) == 12 and (paired.id == '5i').sum() == 4 * 6
+    # the best published table against the same rule, on the sweep's noise
+    sweep = pd.read_csv(ROOT / 'reports/sweep.csv')
+    sweep = sweep[(sweep.model == 'sit-cifar') & (sweep.guidance == 1)].set_index('steps')
+    best = published.groupby('steps').ratio.min()
+    assert np.allclose(best, sweep.ratio_published[best.index], rtol=0.1)

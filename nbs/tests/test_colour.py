@@ -345,6 +345,24 @@ def test_fidelity_of_the_committed_files():
     assert scores['accuracy'] == pytest.approx(0.672, abs=0.01) and scores['fd'] < 25
 
 
+def test_the_data_page_has_the_numbers_of_the_report():
+    card, reports = (
+        data_file('README.md').read_text(),
+        data_file('README.md').parents[1] / 'reports',
+    )
+    table = pd.read_csv(reports / 'eval_sit-cifar_5.csv').set_index('solver')
+    assert table.samples['teacher'] == 4000
+    fd = table.fd.round().astype(int)
+    share = (100 * table.accuracy).round().astype(int)
+    said = (
+        f'the distance is {fd["teacher"]}; that of test images through the autoencoder is '
+        f'{fd["reconstructed"]}, that of test images {fd["real"]}. The classifier finds the class '
+        f'in {share["teacher"]} % of the samples, in {share["reconstructed"]} % of the '
+        f'reconstructions and in {share["real"]} % of the test images.'
+    )
+    assert said in card
+
+
 def test_reference_of_another_extractor_is_refused(tmp_path):
     file = tmp_path / 'r.safetensors'
     card = json.dumps(dict(extractor='another'))
